@@ -1,0 +1,1 @@
+"""The outside systems that carry events between processes, interchangeable behind one contract (``base``)."""

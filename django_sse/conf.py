@@ -1,0 +1,108 @@
+"""Every setting of the package, read each time it is asked for, in this one place.
+
+``override_settings`` therefore just works, and a wrong value is reported, by its name, where it first matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+
+__all__ = ["CONNECTION_SETTING", "Configuration", "configuration"]
+
+CONNECTION_SETTING = "REDIS_SSEQUEUE_CONNECTION_SETTINGS"
+#: The name in 0.4.1 is misspelt, and in use.
+CHANNEL_SETTINGS = ("REDIS_SSEQUEUE_CHANNEL_NAME", "REDIS_SSEQUEUE_CHANEL_NAME")
+
+DEFAULTS: dict[str, Any] = {
+    # Seconds of silence after which a queue view sends a comment; None: never. Proxies cut at 30 to 60 s of silence.
+    "HEARTBEAT": 15,
+    # Milliseconds after which a browser reconnects.
+    "RETRY": 2000,
+    # What may wait for one client.
+    "MAILBOX": {"EVENTS": 256, "BYTES": 1024 * 1024},
+    # Sync iterators that stream at one time in one ASGI process, each in a thread.
+    "THREADS": 256,
+}
+
+
+class Configuration:
+    """The settings as values that can be used. Raises ``ImproperlyConfigured``, naming the setting, for others."""
+
+    @property
+    def connection(self) -> Mapping[str, Any]:
+        """``REDIS_SSEQUEUE_CONNECTION_SETTINGS``: the settings' own object, or an empty dict."""
+        return getattr(settings, CONNECTION_SETTING, {})
+
+    @property
+    def channel(self) -> str:
+        """The channel of views and events that name none."""
+        for name in CHANNEL_SETTINGS:
+            if hasattr(settings, name):
+                return getattr(settings, name)  # type: ignore[no-any-return]
+        return "sse"
+
+    @property
+    def heartbeat(self) -> float | None:
+        """Seconds of silence before a heartbeat; ``None``: no heartbeats."""
+        return check_heartbeat('DJANGO_SSE["HEARTBEAT"]', self._get("HEARTBEAT"))
+
+    @property
+    def retry(self) -> int:
+        """Milliseconds before a browser reconnects."""
+        return _whole('DJANGO_SSE["RETRY"]', self._get("RETRY"), least=0)
+
+    @property
+    def mailbox(self) -> tuple[int, int]:
+        """How many events, and how many bytes, may wait for one client."""
+        given = self._get("MAILBOX")
+        if not isinstance(given, Mapping) or set(given) - {"EVENTS", "BYTES"}:
+            raise ImproperlyConfigured(f'DJANGO_SSE["MAILBOX"] must be a dict of "EVENTS" and "BYTES", not {given!r}.')
+        bounds = {**DEFAULTS["MAILBOX"], **given}
+        return (
+            _whole('DJANGO_SSE["MAILBOX"]["EVENTS"]', bounds["EVENTS"], least=1),
+            _whole('DJANGO_SSE["MAILBOX"]["BYTES"]', bounds["BYTES"], least=1),
+        )
+
+    @property
+    def threads(self) -> int:
+        """How many sync iterators may stream at one time in an ASGI process."""
+        return _whole('DJANGO_SSE["THREADS"]', self._get("THREADS"), least=1)
+
+    @property
+    def unknown(self) -> list[str]:
+        """Keys of ``DJANGO_SSE`` that mean nothing."""
+        return sorted(str(key) for key in set(self._given()) - set(DEFAULTS))
+
+    def _get(self, key: str) -> Any:
+        return self._given().get(key, DEFAULTS[key])
+
+    @staticmethod
+    def _given() -> Mapping[str, Any]:
+        given = getattr(settings, "DJANGO_SSE", {})
+        if not isinstance(given, Mapping):
+            raise ImproperlyConfigured(f"DJANGO_SSE must be a dict, not {given!r}.")
+        return given
+
+
+configuration = Configuration()
+
+
+def check_heartbeat(name: str, value: Any) -> float | None:
+    """Return ``value`` if it can be a heartbeat; ``name`` says in the error where it came from."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ImproperlyConfigured(
+            f"{name} must be a number of seconds above 0, or None for no heartbeats, not {value!r}."
+        )
+    return value
+
+
+def _whole(name: str, value: Any, *, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ImproperlyConfigured(f"{name} must be a whole number of {least} or more, not {value!r}.")
+    return value

@@ -1,0 +1,320 @@
+"""The queue: ``send_event()`` on one side, ``RedisQueueView`` on the other, a channel of Redis in between.
+
+The four names that programs of 0.4.1 import and patch are defined here and looked up when they are used:
+``_connect``, ``ConnectionPoolManager``, ``CONNECTION_KWARGS`` and ``DEFAULT_CHANNEL``. The last two follow the settings
+for as long as nobody assigns to them. This module is also where the parts meet: it chooses the broker.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from typing import Any
+
+import redis
+from asgiref.sync import sync_to_async
+from django.core.exceptions import ImproperlyConfigured
+from django.core.serializers.json import DjangoJSONEncoder
+from django.db import transaction
+from django.utils.functional import Promise, classproperty
+
+from . import runtime
+from .brokers.base import Broker
+from .brokers.memory import MemoryBroker
+from .brokers.redis import RedisBroker
+from .conf import CONNECTION_SETTING, check_heartbeat, configuration
+from .event import Event, encode_payload
+from .exceptions import BrokerUnavailable
+from .streams import Inbox, Stream, on_unpatched_gevent
+from .views import BaseSseView
+from .wire import Sse
+
+__all__ = ["RedisQueueView", "asend_event", "send_event"]
+
+MEMORY = "memory:"
+
+_EXAMPLE = f"""    {CONNECTION_SETTING} = {{"location": "localhost:6379"}}
+or, for a single process without Redis (development, tests):
+    {CONNECTION_SETTING} = {{"location": "memory:"}}"""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CONNECTION_KWARGS":
+        return configuration.connection
+    if name == "DEFAULT_CHANNEL":
+        return configuration.channel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _current(name: str) -> Any:
+    """Return what a program has assigned to ``name`` in this module, else what the settings say."""
+    return globals().get(name) or __getattr__(name)
+
+
+class ConnectionPoolManager:
+    """The connection pools of this process, one for each set of arguments. Fork-safe, as redis-py's pools are."""
+
+    pools: dict[Any, redis.ConnectionPool] = {}
+    _lock = threading.Lock()
+
+    @classmethod
+    def connection_pool(cls, **kwargs: Any) -> redis.ConnectionPool:
+        """Return the pool for ``kwargs``: ``location``, ``db``, ``password``, ``options`` (others are ignored).
+
+        ``location``: ``host:port``, ``[v6]:port``, ``unix:/path``, or a ``redis://``, ``rediss://`` or ``unix://`` URL.
+        ``options`` go to redis-py's pool and connections as they are. Raises ``ImproperlyConfigured``.
+        """
+        key = _freeze(kwargs)
+        with cls._lock:
+            if key not in cls.pools:
+                cls.pools[key] = _make_pool(kwargs)
+            return cls.pools[key]
+
+
+def _make_pool(kwargs: Mapping[str, Any]) -> redis.ConnectionPool:
+    location = _location(kwargs)
+    options = {
+        # redis-py stops at 100 connections, which a program with a connection of its own for each client exceeds.
+        "max_connections": 2**31,
+        "db": int(kwargs.get("db") or 0),
+        "password": kwargs.get("password"),
+        **kwargs.get("options", {}),
+    }
+    if "://" in location:
+        # What the URL says counts; what it leaves open, the other keys fill in.
+        return redis.ConnectionPool.from_url(location, **options)
+    if location.startswith("unix:"):
+        return redis.ConnectionPool(
+            connection_class=redis.UnixDomainSocketConnection, path=location.removeprefix("unix:"), **options
+        )
+    host, port = _host_and_port(location)
+    return redis.ConnectionPool(host=host, port=port, **options)
+
+
+def _location(kwargs: Mapping[str, Any]) -> str:
+    location = kwargs.get("location")
+    if not location:
+        raise ImproperlyConfigured(
+            f"There is no `location` in {CONNECTION_SETTING}. Put this into your settings:\n{_EXAMPLE}"
+        )
+    if not isinstance(location, str):
+        raise _bad_location(location)
+    return location
+
+
+def _host_and_port(location: str) -> tuple[str, int]:
+    host, separator, port = location.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not separator or not host or (":" in host and not bracketed) or not (port.isascii() and port.isdigit()):
+        raise _bad_location(location)
+    return host.strip("[]"), int(port)
+
+
+def _bad_location(location: object) -> ImproperlyConfigured:
+    return ImproperlyConfigured(
+        f"Invalid `location` in {CONNECTION_SETTING}: {location!r}. It is host:port, [ipv6]:port, unix:/path, or a "
+        f"redis://, rediss:// or unix:// URL. For example:\n{_EXAMPLE}"
+    )
+
+
+def _freeze(value: Any) -> Any:
+    """Return something hashable that is equal for equal ``value``, whatever the order of its keys."""
+    if isinstance(value, Mapping):
+        return frozenset((key, _freeze(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_freeze, value))
+    return (type(value).__name__, value) if value.__hash__ is not None else repr(value)
+
+
+def _connect() -> redis.Redis:
+    """Return a client on the shared pool of ``CONNECTION_KWARGS``. Raises ``ImproperlyConfigured``."""
+    return redis.Redis(connection_pool=ConnectionPoolManager.connection_pool(**_current("CONNECTION_KWARGS")))
+
+
+_own_connect = _connect
+
+
+def _runtime() -> runtime.Runtime:
+    """Return this process's runtime for the configuration of this moment."""
+    kwargs = _current("CONNECTION_KWARGS")
+    connect = _connect
+    if kwargs.get("location") == MEMORY and connect is _own_connect:
+        return runtime.get(MEMORY, MemoryBroker)
+    if connect is _own_connect:
+        ConnectionPoolManager.connection_pool(**kwargs)  # a wrong setting is the caller's to see, not a thread's
+    return runtime.get((_freeze(kwargs), connect), _redis_broker)
+
+
+def _redis_broker() -> Broker:
+    # _connect is looked up at each call: whoever patches it is obeyed.
+    return RedisBroker(lambda: _connect())
+
+
+def send_event(
+    event_name: Any, data: Any, channel: str | None = None, *, on_commit: bool = False, using: str | None = None
+) -> None:
+    """Send an event to every client of ``channel``, whatever process serves it.
+
+    ``event_name``: what the page listens for; ``""`` or ``None`` is a plain ``message``. ``data``: text, bytes (UTF-8),
+    or a list, tuple or set of those, each item a line; anything else is sent as JSON (``DjangoJSONEncoder``).
+    ``channel``: ``None`` is the default channel. With ``on_commit`` the event is sent when the current transaction of
+    the database ``using`` commits, at once if there is none, and never if it is rolled back.
+
+    Raises ``ValueError`` or ``TypeError``, naming the argument, for what cannot be sent, ``ImproperlyConfigured`` for
+    wrong settings, and an exception that is both ``BrokerUnavailable`` and ``redis.exceptions.ConnectionError`` when
+    Redis cannot be reached (with ``on_commit``: out of the commit).
+    """
+    if isinstance(data, Promise):
+        data = str(data)
+    payload = encode_payload(event_name, data, dumps=_dumps)
+    name = _current("DEFAULT_CHANNEL") if channel is None else channel
+    publish = functools.partial(_runtime().broker.publish, _checked_channel(name), payload)
+    if on_commit:
+        transaction.on_commit(publish, using=using)
+    else:
+        publish()
+
+
+async def asend_event(
+    event_name: Any, data: Any, channel: str | None = None, *, on_commit: bool = False, using: str | None = None
+) -> None:
+    """Do what ``send_event()`` does, without blocking the event loop."""
+    # A transaction belongs to the thread that Django keeps for this request's database work.
+    send = sync_to_async(send_event, thread_sensitive=on_commit)
+    await send(event_name, data, channel, on_commit=on_commit, using=using)
+
+
+_dumps = functools.partial(json.dumps, cls=DjangoJSONEncoder, allow_nan=False)
+
+
+def _checked_channel(channel: Any) -> str:
+    if isinstance(channel, bytes):
+        channel = channel.decode()
+    if not isinstance(channel, str) or not channel:
+        raise ValueError(f"channel must be a name, not {channel!r}")
+    return channel
+
+
+class RedisQueueView(BaseSseView):
+    """A stream of what ``send_event()`` sends on a channel, or on several.
+
+    The channel is ``redis_channel`` (class attribute, or ``as_view(redis_channel=...)``), or whatever
+    ``get_redis_channel()`` returns for the request. The view is subscribed before its headers are sent: what is sent
+    after the browser's ``open`` is not missed.
+    """
+
+    #: The channel, unless ``get_redis_channel()`` says otherwise. Not set: the default channel of the settings.
+    redis_channel: Any = classproperty(lambda cls: _current("DEFAULT_CHANNEL"))
+    #: Seconds of silence before a heartbeat; ``None``: no heartbeats. Not set: ``DJANGO_SSE["HEARTBEAT"]``.
+    heartbeat: Any = classproperty(lambda cls: configuration.heartbeat)
+
+    _steps: _Steps | None = None
+
+    def get_redis_channel(self) -> str | Iterable[str]:
+        """Return the channel that this request listens to, or a list of channels."""
+        return self.redis_channel  # type: ignore[no-any-return]
+
+    def iterator(self) -> Iterable[object]:
+        """Return an iterator, for ``for`` and ``async for``, each of whose steps adds one event to ``self.sse``.
+
+        Its first step raises ``BrokerUnavailable`` when the broker cannot be reached.
+        """
+        steps, self._steps = self._steps, None
+        return _Steps(self) if steps is None else steps
+
+    def _open(self) -> None:
+        # Whoever calls iterator() first gets this subscription; one that never does, having a source of its own, does
+        # not need Redis, nor our settings, to be right.
+        if self._steps is None:
+            self._steps = _Steps(self, _names(self.get_redis_channel()))
+            self._mailbox = self._steps.open()
+
+    def _stream(self, iterator: Iterable[object] | AsyncIterable[object] | None, **source: Any) -> Stream:
+        if isinstance(iterator, _Steps) and iterator.mailbox is not None and type(self.sse) is Sse:
+            # Nobody has a say in each event, so that every client gets the same bytes.
+            heartbeat = check_heartbeat(f"{type(self).__name__}.heartbeat", self.heartbeat)
+            return super()._stream(None, mailbox=iterator.mailbox, heartbeat=heartbeat)
+        return super()._stream(iterator, **source)
+
+
+class _Steps:
+    """The events of a view's channels, one a step, each added to the view's ``sse``. Subscribes at once or when needed."""
+
+    def __init__(self, view: RedisQueueView, channels: list[str] | None = None) -> None:
+        self._view = view
+        self._channels = channels
+        self._inbox: Inbox | None = None
+        self._error: Exception | None = None
+
+    @property
+    def mailbox(self) -> runtime.Listener | None:
+        """The subscription, once it is open."""
+        return None if self._inbox is None else self._inbox.mailbox  # type: ignore[return-value]
+
+    def open(self) -> runtime.Listener | None:
+        """Subscribe, and return the subscription; what goes wrong is raised by the first step."""
+        if on_unpatched_gevent():
+            raise ImproperlyConfigured(
+                "This process serves requests with gevent, but waits with threads: one waiting stream would stop all the "
+                "others. Call gevent.monkey.patch_all() before anything else is imported."
+            )
+        max_events, max_bytes = configuration.mailbox
+        try:
+            if self._channels is None:
+                self._channels = _names(self._view.get_redis_channel())
+            self._inbox = Inbox(_runtime().open(self._channels, max_events=max_events, max_bytes=max_bytes))
+        except (BrokerUnavailable, ImproperlyConfigured) as error:
+            self._error = error
+        return self.mailbox
+
+    def __iter__(self) -> Iterator[object]:
+        return self
+
+    def __next__(self) -> object:
+        if self._inbox is None and self._error is None:
+            self.open()
+        inbox = self._ready()
+        taken = inbox.wait(None, 1)
+        if taken is None:
+            # The client has left, and this code runs in a thread that cannot be interrupted: end it as close() would.
+            raise GeneratorExit if inbox.mailbox.ended == "client" else StopIteration
+        return self._add(taken)
+
+    def __aiter__(self) -> AsyncIterator[object]:
+        return self
+
+    async def __anext__(self) -> object:
+        if self._inbox is None and self._error is None:
+            await sync_to_async(self.open, thread_sensitive=False)()
+        taken = await self._ready().await_(None, 1)
+        if taken is None:
+            raise StopAsyncIteration
+        return self._add(taken)
+
+    def close(self) -> None:
+        """Give the subscription back."""
+        if self._inbox is not None:
+            self._inbox.mailbox.close()
+
+    def _ready(self) -> Inbox:
+        if self._inbox is None:
+            assert self._error is not None
+            raise self._error
+        return self._inbox
+
+    def _add(self, taken: list[tuple[Event, bytes]]) -> None:
+        for event, _ in taken:
+            if event.id is not None:
+                self._view.sse.set_event_id(event.id)
+            self._view.sse.add_message(event.name, event.data)
+
+
+def _names(channels: str | bytes | Iterable[str]) -> list[str]:
+    if isinstance(channels, (str, bytes)) or not isinstance(channels, Iterable):
+        channels = [channels]  # type: ignore[list-item]
+    names = [_checked_channel(channel) for channel in channels]
+    if not names:
+        raise ValueError("get_redis_channel() must return at least one channel")
+    return names

@@ -1,0 +1,220 @@
+"""The only process-wide state: for each configuration one hub, one lock, one broker. Nothing here outlives a fork.
+
+The runtime owns the hub's lock, carries out what the hub says has to be done, and paces the broker: a client that takes
+its events is given a moment to do so before the next ones are put on top; one that does not take them is *slow*, and
+holds up nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import os
+import threading
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+from django.core.signals import setting_changed
+
+from .brokers.base import Broker, Payload
+from .event import Event, decode_payload
+from .hub import Hub, Subscription
+from .wire import encode
+
+__all__ = ["Listener", "Runtime", "get", "reset"]
+
+log = logging.getLogger("django_sse")
+
+#: Seconds for which a crowded mailbox holds the broker's thread up, once, before its client counts as slow.
+PATIENCE = 0.1
+#: Seconds that a new stream waits for the broker to confirm its channels.
+SUBSCRIBE_TIMEOUT = 5.0
+
+
+class Runtime:
+    """Everything that the streams of one configuration share."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        broker.deliver = self.deliver
+        #: Guards the hub, its subscriptions and ``_crowded``; notified when the latter becomes empty.
+        self._lock = threading.Condition(threading.Lock())
+        self._hub = Hub()
+        self._crowded: set[Subscription] = set()
+
+    def open(
+        self, channels: Iterable[str], *, max_events: int, max_bytes: int, timeout: float = SUBSCRIBE_TIMEOUT
+    ) -> Listener:
+        """Subscribe to ``channels`` and return the listener: whatever is published from now on is in its mailbox.
+
+        Waits for the broker for at most ``timeout`` seconds. Raises ``BrokerUnavailable``; nothing is left behind then.
+        """
+        listener = Listener(self, Subscription(channels, max_events=max_events, max_bytes=max_bytes))
+        with self._lock:
+            for channel in self._hub.add(listener.subscription):
+                self.broker.subscribe(channel)
+        try:
+            self.broker.wait_subscribed(listener.subscription.channels, timeout)
+        except BaseException:
+            listener.close()
+            raise
+        return listener
+
+    def deliver(self, batch: Iterable[tuple[str, Payload]]) -> None:
+        """Decode and encode each payload once, and put it into the mailboxes of its channel. For the broker."""
+        wake: set[Subscription] = set()
+        for channel, payload in batch:
+            try:
+                event = decode_payload(payload)
+            except ValueError as error:
+                log.warning(
+                    "A payload on channel %r is not an event and was skipped (%s): %.200r", channel, error, payload
+                )
+                continue
+            frame = encode(event)
+            with self._lock:
+                outcome = self._hub.publish(channel, event, frame)
+                for idle in outcome.idle:
+                    self.broker.unsubscribe(idle)
+                self._crowded.update(outcome.crowded)
+                self._crowded.difference_update(outcome.overflowed)
+            wake.update(outcome.wake)
+            if outcome.overflowed:
+                log.warning(
+                    "%d stream(s) on channel %r are ended: overflow; their clients do not take their events.",
+                    len(outcome.overflowed),
+                    channel,
+                )
+                wake.update(outcome.overflowed)
+            if self._crowded:
+                _ring(wake)
+                wake.clear()
+                self._give_time()
+        _ring(wake)
+
+    def take(self, subscription: Subscription, limit: int | None) -> list[tuple[Event, bytes]]:
+        """Return what waits for ``subscription``, at most ``limit`` events."""
+        with self._lock:
+            taken = subscription.take(limit)
+            if subscription in self._crowded and not subscription.crowded:
+                self._crowded.discard(subscription)
+                if not self._crowded:
+                    self._lock.notify_all()
+            return taken
+
+    def end(self, subscription: Subscription, reason: str) -> None:
+        """Unregister ``subscription``; whoever waits for it sees its end."""
+        with self._lock:
+            subscription.ended = subscription.ended or reason
+            for channel in self._hub.remove(subscription):
+                self.broker.unsubscribe(channel)
+            self._crowded.discard(subscription)
+            if not self._crowded:
+                self._lock.notify_all()
+        _ring([subscription])
+
+    def close(self) -> None:
+        """End every stream and give back the broker's connections."""
+        with self._lock:
+            subscriptions = self._hub.subscriptions
+        for subscription in subscriptions:
+            self.end(subscription, "shutdown")
+        self.broker.close()
+
+    def stats(self) -> dict[str, int]:
+        """Return how many channels and subscriptions are registered."""
+        with self._lock:
+            return {"channels": len(self._hub.channels), "subscriptions": len(self._hub.subscriptions)}
+
+    def _give_time(self) -> None:
+        """Let the crowded clients take what waits for them; those that do not are slow, and not waited for again."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            patience = PATIENCE
+        else:
+            patience = 0.0  # this thread runs a loop: waiting for its own clients would be in vain
+        with self._lock:
+            self._lock.wait_for(lambda: not self._crowded, patience)
+            for subscription in self._crowded:
+                subscription.slow = True
+            self._crowded.clear()
+
+
+class Listener:
+    """One subscription as its stream sees it. Thread-safe."""
+
+    __slots__ = ("__weakref__", "_runtime", "subscription")
+
+    def __init__(self, runtime: Runtime, subscription: Subscription) -> None:
+        self._runtime = runtime
+        self.subscription = subscription
+
+    @property
+    def ended(self) -> str | None:
+        """Why nothing more comes once what waits is taken; ``None`` while open."""
+        return self.subscription.ended
+
+    def wake_by(self, wake: Callable[[], None]) -> None:
+        """Have ``wake`` called, by any thread, when there is something to take or the end has come."""
+        self.subscription.wake = wake
+
+    def take(self, limit: int | None = None) -> list[tuple[Event, bytes]]:
+        """Return the events that wait, with their encoded form, oldest first; at most ``limit``."""
+        return self._runtime.take(self.subscription, limit)
+
+    def close(self, reason: str = "client") -> None:
+        """Give the subscription back. May be called again, and by any thread."""
+        self._runtime.end(self.subscription, reason)
+
+    def __del__(self) -> None:
+        # The response was dropped unclosed, say by a middleware that answered instead. No lock may be taken here (the
+        # collector runs anywhere, even under that lock): the mark makes the hub forget it at the channel's next event.
+        if self.subscription.ended is None:
+            self.subscription.ended = "abandoned"
+
+
+def _ring(subscriptions: Iterable[Subscription]) -> None:
+    for subscription in subscriptions:
+        if subscription.wake is not None:
+            subscription.wake()
+
+
+_runtimes: dict[Hashable, Runtime] = {}
+_runtimes_lock = threading.Lock()
+
+
+def get(key: Hashable, make_broker: Callable[[], Broker]) -> Runtime:
+    """Return the runtime of the configuration ``key``; the first call makes it, with the broker of ``make_broker``."""
+    with _runtimes_lock:
+        runtime = _runtimes.get(key)
+        if runtime is None:
+            runtime = _runtimes[key] = Runtime(make_broker())
+        return runtime
+
+
+def reset() -> None:
+    """End every stream of this process and give everything back. What is asked for next starts afresh."""
+    with _runtimes_lock:
+        runtimes = list(_runtimes.values())
+        _runtimes.clear()
+    for runtime in runtimes:
+        runtime.close()
+
+
+def _forget_after_fork() -> None:
+    # The parent's threads, locks and connections do not work here. They are not closed: they are the parent's.
+    global _runtimes, _runtimes_lock
+    _runtimes = {}
+    _runtimes_lock = threading.Lock()
+
+
+def _reset_on_change(*, setting: str, **kwargs: Any) -> None:
+    if setting == "DJANGO_SSE" or setting.startswith("REDIS_SSEQUEUE_"):
+        reset()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
+atexit.register(reset)
+setting_changed.connect(_reset_on_change, dispatch_uid="django_sse.runtime")

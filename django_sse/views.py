@@ -1,0 +1,209 @@
+"""``BaseSseView``: a Django view whose ``iterator()`` is the stream.
+
+The view decides, in Django's own way (URLs, middleware, permissions); the stream it returns lives on in ``streams``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator
+from typing import Any
+
+from django.core.exceptions import ImproperlyConfigured
+from django.core.handlers.asgi import ASGIRequest
+from django.db import connections
+from django.http import HttpRequest, HttpResponse, HttpResponseNotAllowed, StreamingHttpResponse
+from django.http.response import HttpResponseBase
+from django.utils.decorators import method_decorator
+from django.views.decorators.csrf import csrf_exempt
+from django.views.generic import View
+from sse import Sse as PlainSse
+
+from .conf import configuration
+from .exceptions import TooManyStreams
+from .streams import Chunk, Mailbox, Source, Stream, Workers, flush_sse, has_own_iter, on_gevent
+from .wire import Sse
+
+__all__ = ["BaseSseView"]
+
+#: Seconds after which a client that was refused may come again.
+RETRY_AFTER = 5
+
+workers = Workers(limit=lambda: configuration.threads, at_exit=connections.close_all)
+
+
+class BaseSseView(View):
+    """A stream of server-sent events, written as a generator::
+
+        class Clock(BaseSseView):
+            def iterator(self):
+                while True:
+                    self.sse.add_message("time", str(time.time()))
+                    yield
+                    time.sleep(1)
+
+    Any HTTP method is answered with the stream, ``HEAD`` with its headers alone, unless ``http_method_names`` is
+    narrowed. The view is exempt from CSRF checks.
+    """
+
+    #: What ``iterator()`` fills; each of its steps sends what is in it.
+    sse: PlainSse
+    #: Milliseconds before the browser reconnects. ``None``: ``DJANGO_SSE["RETRY"]``.
+    retry: int | None = None
+
+    #: The subscription that ends with the stream, where there is one.
+    _mailbox: Mailbox | None = None
+
+    @classmethod
+    def as_view(cls, **initkwargs: Any) -> Callable[..., HttpResponseBase]:
+        """Return the view function, as ``View.as_view()`` does."""
+        view = super().as_view(**initkwargs)
+
+        # Around dispatch() and not in it: a subclass may write its own and build the response there.
+        @functools.wraps(view)
+        def sse_view(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
+            try:
+                return _suit(view(request, *args, **kwargs), request)
+            except TooManyStreams as error:
+                response = HttpResponse(f"{error}\n", status=503, content_type="text/plain; charset=utf-8")
+                response["Retry-After"] = str(RETRY_AFTER)
+                return response
+
+        return sse_view
+
+    @method_decorator(csrf_exempt)
+    def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
+        """Return the streaming response."""
+        self.request = request
+        self.args = args
+        self.kwargs = kwargs
+        method = "GET" if request.method == "HEAD" else request.method or ""
+        if method.lower() not in self.http_method_names:
+            return HttpResponseNotAllowed([name.upper() for name in self.http_method_names])
+        self.sse = self._buffer()
+        if request.method == "HEAD":
+            stream = _nothing(request)
+        else:
+            self._open()
+            chunks = self._iterator()
+            stream = chunks if isinstance(chunks, Stream) else self._wrap(chunks)
+        response = StreamingHttpResponse(stream.for_server(), content_type="text/event-stream")
+        # no-transform keeps compressing proxies from holding events back, and X-Accel-Buffering does so for nginx.
+        response["Cache-Control"] = "no-cache, no-transform"
+        response["X-Accel-Buffering"] = "no"
+        response["Software"] = "django-sse"
+        return response
+
+    def get_last_id(self) -> str | None:
+        """Return the last event ID that the client has seen (``Last-Event-ID``), or ``None`` on a first connect."""
+        value = self.request.META.get("HTTP_LAST_EVENT_ID")
+        if not isinstance(value, str):
+            return None
+        # Servers hand headers on as latin-1; browsers send the id as UTF-8 (WHATWG HTML, section 9.2.3).
+        try:
+            return value.encode("latin-1").decode()
+        except UnicodeError:
+            return value
+
+    def iterator(self) -> Iterable[object] | AsyncIterable[object]:
+        """Fill ``self.sse`` and yield, again and again: each step sends what is in it. To be written by the subclass.
+
+        May be a generator, an ``async def`` generator, or return any iterable; what it yields is ignored. Its
+        ``finally`` runs when the client has left.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define iterator()")
+
+    def _iterator(self) -> Iterable[Any] | AsyncIterable[Any]:
+        """Return the chunks of the stream, as text, in the way that suits the request: what an own response streams."""
+        self._open()
+        iterator = self.iterator()
+        if inspect.iscoroutine(iterator):
+            iterator = _unwrap(iterator)
+        if not hasattr(self, "sse"):  # an instance that dispatch() has not seen
+            self.sse = self._buffer()
+        return self._stream(iterator, mailbox=self._mailbox)
+
+    def _open(self) -> None:
+        """Get ready before any header is sent. May be called again, and does nothing then."""
+
+    def _stream(self, iterator: Iterable[object] | AsyncIterable[object] | None, **source: Any) -> Stream:
+        """Return the stream of the steps of ``iterator``, each of which flushes ``self.sse``."""
+        return _stream(
+            Source(iterator, lambda value: flush_sse(self.sse), first=self._first_chunks(), **source),
+            getattr(self, "request", None),
+        )
+
+    def _wrap(self, chunks: Iterable[Any] | AsyncIterable[Any]) -> Stream:
+        """Return the stream of the ``chunks`` that an ``_iterator()`` of a subclass gives."""
+        return _stream(Source(chunks, _as_it_is, mailbox=self._mailbox), self.request)
+
+    def _first_chunks(self) -> Iterator[Chunk]:
+        # What is there already (``retry``) leaves at once, unless the buffer's own iteration might wait for more.
+        if not has_own_iter(self.sse):
+            yield from flush_sse(self.sse)
+
+    def _buffer(self) -> Sse:
+        return Sse(default_retry=configuration.retry if self.retry is None else self.retry)
+
+
+def _stream(source: Source, request: HttpRequest | None) -> Stream:
+    on_loop = isinstance(request, ASGIRequest)
+    if not on_loop and on_gevent() and source.kind(on_loop=False) == "async":
+        raise ImproperlyConfigured(
+            "An async iterator() cannot run on a gevent server: asyncio takes all greenlets of a thread for one, so every "
+            "other request would seem to run inside its event loop. Write it as a plain generator (`def`, not "
+            "`async def`), or serve this view through ASGI."
+        )
+    return Stream(source, workers, on_loop=on_loop)
+
+
+def _suit(response: HttpResponseBase, request: HttpRequest) -> HttpResponseBase:
+    """Make any streaming response fit the server: a dispatch() of old may hand a plain generator to an event loop."""
+    if not isinstance(response, StreamingHttpResponse):
+        return response
+    on_loop = isinstance(request, ASGIRequest)
+    if request.method == "HEAD":
+        response.streaming_content = _nothing(request)
+    elif response.is_async is not on_loop:
+        response.streaming_content = _stream(Source(response.streaming_content, _as_it_is), request).for_server()
+    return response
+
+
+def _as_it_is(chunk: Any) -> Iterable[Chunk]:
+    return () if chunk is None else (chunk,)
+
+
+def _nothing(request: HttpRequest) -> Stream:
+    return Stream(Source(_NoSteps(), lambda value: ()), workers, on_loop=isinstance(request, ASGIRequest))
+
+
+class _NoSteps:
+    """An iterable of nothing, for threads and loops alike."""
+
+    def __iter__(self) -> _NoSteps:
+        return self
+
+    def __next__(self) -> object:
+        raise StopIteration
+
+    def __aiter__(self) -> _NoSteps:
+        return self
+
+    async def __anext__(self) -> object:
+        raise StopAsyncIteration
+
+
+async def _unwrap(coroutine: Any) -> Any:
+    """Iterate over what an ``async def iterator()`` without a ``yield`` returns."""
+    steps = await coroutine
+    if hasattr(steps, "__aiter__"):
+        async for step in steps:
+            yield step
+    elif hasattr(steps, "__next__"):
+        raise TypeError(
+            "async def iterator() must yield, or return an async iterable or a list: a generator would block the loop"
+        )
+    else:
+        for step in steps:
+            yield step
