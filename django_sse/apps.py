@@ -1,4 +1,4 @@
-"""Tells Django of the package: add ``"django_sse"`` to ``INSTALLED_APPS`` for its system checks. Nothing else needs it."""
+"""The Django application: in ``INSTALLED_APPS``, it brings the system checks. Nothing else needs it there."""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from django.core.checks import CheckMessage, Error, Warning
+from django.core import checks
+from django.core.checks import CheckMessage, Error
 from django.core.exceptions import ImproperlyConfigured
 
 from .conf import configuration
@@ -26,7 +27,7 @@ def check_settings(app_configs: Sequence[Any] | None, **kwargs: Any) -> list[Che
     except ImproperlyConfigured as error:
         return [Error(str(error), hint="See the settings reference of django-sse.", id="django_sse.E001")]
     messages: list[CheckMessage] = [
-        Warning(
+        checks.Warning(
             f"DJANGO_SSE has an unknown key {key!r}, which does nothing.",
             hint="Is it misspelt? Keys are upper-case.",
             id="django_sse.W001",

@@ -11,7 +11,7 @@ import functools
 import json
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import redis
 from asgiref.sync import sync_to_async
@@ -27,9 +27,11 @@ from .brokers.redis import RedisBroker
 from .conf import CONNECTION_SETTING, check_heartbeat, configuration
 from .event import Event, encode_payload
 from .exceptions import BrokerUnavailable
-from .streams import Inbox, Stream, on_unpatched_gevent
+from .inbox import Inbox
+from .streams import Stream
 from .views import BaseSseView
 from .wire import Sse
+from .workers import on_unpatched_gevent
 
 __all__ = ["RedisQueueView", "asend_event", "send_event"]
 
@@ -56,7 +58,7 @@ def _current(name: str) -> Any:
 class ConnectionPoolManager:
     """The connection pools of this process, one for each set of arguments. Fork-safe, as redis-py's pools are."""
 
-    pools: dict[Any, redis.ConnectionPool] = {}
+    pools: ClassVar[dict[Any, redis.ConnectionPool]] = {}
     _lock = threading.Lock()
 
     @classmethod
@@ -240,7 +242,7 @@ class RedisQueueView(BaseSseView):
 
 
 class _Steps:
-    """The events of a view's channels, one a step, each added to the view's ``sse``. Subscribes at once or when needed."""
+    """The events of a view's channels, one a step, each added to the view's ``sse``."""
 
     def __init__(self, view: RedisQueueView, channels: list[str] | None = None) -> None:
         self._view = view
@@ -257,7 +259,7 @@ class _Steps:
         """Subscribe, and return the subscription; what goes wrong is raised by the first step."""
         if on_unpatched_gevent():
             raise ImproperlyConfigured(
-                "This process serves requests with gevent, but waits with threads: one waiting stream would stop all the "
+                "This process serves requests with gevent but waits with threads: one waiting stream would stop all "
                 "others. Call gevent.monkey.patch_all() before anything else is imported."
             )
         max_events, max_bytes = configuration.mailbox
@@ -272,7 +274,7 @@ class _Steps:
     def __iter__(self) -> Iterator[object]:
         return self
 
-    def __next__(self) -> object:
+    def __next__(self) -> None:
         if self._inbox is None and self._error is None:
             self.open()
         inbox = self._ready()
@@ -280,18 +282,18 @@ class _Steps:
         if taken is None:
             # The client has left, and this code runs in a thread that cannot be interrupted: end it as close() would.
             raise GeneratorExit if inbox.mailbox.ended == "client" else StopIteration
-        return self._add(taken)
+        self._add(taken)
 
     def __aiter__(self) -> AsyncIterator[object]:
         return self
 
-    async def __anext__(self) -> object:
+    async def __anext__(self) -> None:
         if self._inbox is None and self._error is None:
             await sync_to_async(self.open, thread_sensitive=False)()
         taken = await self._ready().await_(None, 1)
         if taken is None:
             raise StopAsyncIteration
-        return self._add(taken)
+        self._add(taken)
 
     def close(self) -> None:
         """Give the subscription back."""

@@ -1,177 +1,28 @@
-"""What is handed to ``StreamingHttpResponse``, and the ways to wait for the next chunk of it.
+"""What is handed to ``StreamingHttpResponse``: the next chunk, whatever the view's iterator and the server are.
 
-Whatever a view's ``iterator()`` is meets whatever the server is in one table, ``DRIVERS``. Each driver sends what there
-is at once, never asks for more than one step ahead of the client, and may be closed by any thread.
+What ``iterator()`` gives meets how the server asks in one table, ``DRIVERS``. Each driver sends what there is at once,
+is never more than one step ahead of the client, and may be closed by any thread.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import inspect
-import itertools
-import logging
-import os
-import queue
-import sys
-import threading
-import weakref
-from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from typing import Any
 
 import sse
 
 from .event import Event
-from .exceptions import BrokerUnavailable, TooManyStreams
+from .exceptions import BrokerUnavailable
+from .inbox import Inbox, Mailbox
 from .wire import Sse, comment
+from .workers import DONE, Workers, in_worker, run_in_loop
 
-__all__ = ["Chunk", "Inbox", "Mailbox", "Source", "Stream", "Workers", "on_gevent", "on_unpatched_gevent"]
-
-log = logging.getLogger("django_sse")
+__all__ = ["Chunk", "Source", "Stream", "flush_sse", "has_own_iter"]
 
 Chunk = str | bytes
-_DONE = object()
 _HEARTBEAT = comment()
-
-
-class Mailbox(Protocol):
-    """What this module needs of a subscription (``runtime.Listener``)."""
-
-    @property
-    def ended(self) -> str | None: ...
-    def wake_by(self, wake: Callable[[], None]) -> None: ...
-    def take(self, limit: int | None = None) -> list[tuple[Event, bytes]]: ...
-    def close(self, reason: str = "client") -> None: ...
-
-
-# ------------------------------------------------------------------------------------------------ what is waited for
-
-
-class Inbox:
-    """The events of one subscription, for a thread that waits or a loop that awaits."""
-
-    def __init__(self, mailbox: Mailbox) -> None:
-        self.mailbox = mailbox
-        self._thread_bell: threading.Event | None = None
-        self._loop_bell: _LoopBell | None = None
-
-    def wait(self, timeout: float | None, limit: int | None = None) -> list[tuple[Event, bytes]] | None:
-        """Return the next events, at most ``limit``; none after ``timeout`` seconds of silence; ``None`` at the end."""
-        bell = self._thread_bell
-        if bell is None:
-            bell = self._thread_bell = threading.Event()
-            self.mailbox.wake_by(bell.set)
-        while True:
-            bell.clear()
-            taken = self.mailbox.take(limit)
-            if taken:
-                return taken
-            if self.mailbox.ended is not None:
-                return None
-            if not bell.wait(timeout):
-                return []
-
-    async def await_(self, timeout: float | None, limit: int | None = None) -> list[tuple[Event, bytes]] | None:
-        """Return what ``wait()`` does, without blocking the running loop."""
-        bell = self._loop_bell
-        if bell is None:
-            bell = self._loop_bell = _LoopBell()
-            self.mailbox.wake_by(bell.ring)
-        while True:
-            bell.clear()
-            taken = self.mailbox.take(limit)
-            if taken:
-                return taken
-            if self.mailbox.ended is not None:
-                return None
-            if not await bell.wait(timeout):
-                return []
-
-
-class _LoopBell:
-    """An event that any thread may set, for one task at a time to await. Rings of one moment share one loop wake-up."""
-
-    __slots__ = ("_alarm", "_future", "_rung")
-
-    def __init__(self) -> None:
-        self._alarm = _LoopAlarm.of_running_loop()
-        self._future: asyncio.Future[bool] | None = None
-        self._rung = False
-
-    def ring(self) -> None:
-        self._rung = True
-        self._alarm.add(self)
-
-    def answer(self) -> None:
-        if self._future is not None and not self._future.done():
-            self._future.set_result(True)
-
-    def clear(self) -> None:
-        self._rung = False
-
-    async def wait(self, timeout: float | None) -> bool:
-        """Whether it rang since ``clear()``, or does within ``timeout`` seconds."""
-        if self._rung:
-            return True
-        loop = self._alarm.loop
-        self._future = future = loop.create_future()
-        timer = None if timeout is None else loop.call_later(timeout, _give_up, future)
-        try:
-            await future
-        finally:
-            self._future = None
-            if timer is not None:
-                timer.cancel()
-        return self._rung
-
-
-def _give_up(future: asyncio.Future[bool]) -> None:
-    if not future.done():
-        future.set_result(False)
-
-
-class _LoopAlarm:
-    """Wakes one event loop from other threads, once for all the bells that rang since it last woke."""
-
-    _alarms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopAlarm] = weakref.WeakKeyDictionary()
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = weakref.ref(loop)
-        self._bells: deque[_LoopBell] = deque()
-        self._called = False
-
-    @classmethod
-    def of_running_loop(cls) -> _LoopAlarm:
-        loop = asyncio.get_running_loop()
-        alarm = cls._alarms.get(loop)
-        if alarm is None:
-            alarm = cls._alarms[loop] = cls(loop)
-        return alarm
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        loop = self._loop()
-        assert loop is not None, "a bell is only used while its loop runs"
-        return loop
-
-    def add(self, bell: _LoopBell) -> None:
-        self._bells.append(bell)
-        if not self._called:
-            self._called = True
-            loop = self._loop()
-            # A loop that is gone took its streams with it.
-            if loop is not None and not loop.is_closed():
-                loop.call_soon_threadsafe(self._answer)
-
-    def _answer(self) -> None:
-        # First the flag, then the bells: one that is added in between is answered now, and once more for nothing.
-        self._called = False
-        while self._bells:
-            self._bells.popleft().answer()
-
-
-# ----------------------------------------------------------------------------------------------------- what is sent
 
 
 class Source:
@@ -226,7 +77,7 @@ class Source:
 def flush_sse(buffer: sse.Sse) -> Iterable[Chunk]:
     """Return what ``buffer`` holds, emptying it: one chunk, or as many as a subclass's own ``__iter__`` makes."""
     if has_own_iter(buffer):
-        return iter(buffer)
+        return iter(buffer)  # type: ignore[no-any-return]
     text = "".join(buffer)
     return (text,) if text else ()
 
@@ -234,9 +85,6 @@ def flush_sse(buffer: sse.Sse) -> Iterable[Chunk]:
 def has_own_iter(buffer: sse.Sse) -> bool:
     """Whether the class of ``buffer`` decides itself what its iteration gives."""
     return type(buffer).__iter__ not in (sse.Sse.__iter__, Sse.__iter__)
-
-
-# ------------------------------------------------------------------------------------------------------ the drivers
 
 
 class _Here:
@@ -357,8 +205,8 @@ class _InThread:
         return self
 
     async def __anext__(self) -> Chunk:
-        chunk = await self._worker.run(lambda: next(self._inner, _DONE))
-        if chunk is _DONE:
+        chunk = await self._worker.run(lambda: next(self._inner, DONE))
+        if chunk is DONE:
             raise StopAsyncIteration
         return chunk  # type: ignore[return-value]
 
@@ -379,13 +227,13 @@ class _InLoop:
         return self
 
     def __next__(self) -> Chunk:
-        chunk = _shared_loop.run(self._step())
-        if chunk is _DONE:
+        chunk = run_in_loop(self._step())
+        if chunk is DONE:
             raise StopIteration
         return chunk  # type: ignore[return-value]
 
     async def _step(self) -> object:
-        return await anext(self._inner, _DONE)
+        return await anext(self._inner, DONE)
 
     def close(self) -> None:
         self._inner.close()
@@ -454,7 +302,7 @@ DRIVERS: dict[str, tuple[Callable[[Source, Workers], Any], Callable[[Source, Wor
 class Stream:
     """What ``_iterator()`` returns: iterable in the way that suits the request at hand, once, and closable.
 
-    For a request of an event loop (``on_loop``) it is an async iterable, to everybody but the thread that runs a sync
+    For a request of an event loop (``on_loop``) it is an async iterable to everybody but the thread that runs a sync
     ``iterator()`` or ``_iterator()`` there: that one may loop over it with a plain ``for``.
     """
 
@@ -493,166 +341,9 @@ class Stream:
         return self._driver
 
     def close(self) -> None:
-        """End the stream: the mailbox is given back, and the iterator's ``finally`` runs. By any thread, at any time."""
+        """End the stream: give the mailbox back, run the iterator's ``finally``. By any thread, at any time."""
         # The mailbox first: its end is what a thread that waits for it can see.
         if self._source.mailbox is not None:
             self._source.mailbox.close()
         if self._driver is not None:
             self._driver.close()
-
-
-# ------------------------------------------------------------------------------------------- threads and loops of ours
-
-
-class Workers:
-    """The threads that step sync iterators for event loops, one for each stream, at most ``limit()`` of them.
-
-    One each, and not a pool of fewer: how long a step takes is up to the iterator's blocking calls, and what it keeps in
-    its thread (a database connection) must be there at the next step. ``at_exit`` is called in a thread that ends.
-    """
-
-    def __init__(self, limit: Callable[[], int], at_exit: Callable[[], None]) -> None:
-        self.limit = limit
-        self.at_exit = at_exit
-        self._lock = threading.Lock()
-        # Weak: a stream that is dropped unclosed takes its place with it.
-        self._hired: weakref.WeakSet[_Worker] = weakref.WeakSet()
-
-    def hire(self, close: Callable[[], None]) -> _Worker:
-        """Return a worker, which calls ``close`` at its end. Raises ``TooManyStreams``."""
-        limit = self.limit()
-        with self._lock:
-            full = len(self._hired) >= limit
-            if not full:
-                worker = _Worker(self, close)
-                self._hired.add(worker)
-                return worker
-        raise TooManyStreams(
-            f"{limit} sync iterators are streaming under ASGI in this process, each in a thread of its own. "
-            'Raise DJANGO_SSE["THREADS"], or write the iterator as `async def`, which needs no thread.'
-        )
-
-    def dismiss(self, worker: _Worker) -> None:
-        """Give the worker's place to another."""
-        with self._lock:
-            self._hired.discard(worker)
-
-
-class _Worker:
-    """A thread, started with its first call."""
-
-    _inside = threading.local()
-    _number = itertools.count(1)
-
-    def __init__(self, workers: Workers, close: Callable[[], None]) -> None:
-        self._workers = workers
-        self._close = close
-        self._context = contextvars.copy_context()
-        # SimpleQueue, for its put() may be called from __del__. None: end.
-        self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._stopped = False
-
-    async def run(self, function: Callable[[], object]) -> object:
-        """Return what ``function`` returns or raises, called in the thread. One at a time."""
-        if self._stopped:
-            return _DONE
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[object] = loop.create_future()
-        self._calls.put((function, loop, future))
-        if self._thread is None:
-            name = f"django-sse-stream-{next(self._number)}"
-            # Daemon: an endless iterator must not keep the process from ending.
-            self._thread = threading.Thread(target=self._context.run, args=(self._work,), name=name, daemon=True)
-            self._thread.start()
-        return await future
-
-    def stop(self) -> None:
-        """Close the iterator in its thread, after the step that is under way, and end the thread."""
-        if not self._stopped:
-            self._stopped = True
-            self._calls.put(None)
-            if self._thread is None:
-                self._close()
-                self._workers.dismiss(self)
-
-    def _work(self) -> None:
-        self._inside.yes = True
-        try:
-            while (call := self._calls.get()) is not None and not self._stopped:
-                _answer(*call)
-            self._close()
-        except Exception:
-            log.exception("The iterator of a stream failed while it was closed")
-        finally:
-            self._workers.at_exit()
-            self._workers.dismiss(self)
-
-
-Call = tuple[Callable[[], object], asyncio.AbstractEventLoop, "asyncio.Future[object]"]
-
-
-def _answer(function: Callable[[], object], loop: asyncio.AbstractEventLoop, future: asyncio.Future[object]) -> None:
-    result: object = None
-    error: BaseException | None = None
-    try:
-        result = function()
-    except BaseException as caught:
-        error = caught
-    # A loop that is closed awaits nothing any more.
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(_settle, future, result, error)
-
-
-def _settle(future: asyncio.Future[object], result: object, error: BaseException | None) -> None:
-    if future.done():  # cancelled: the client has left
-        return
-    if error is None:
-        future.set_result(result)
-    else:
-        future.set_exception(error)
-
-
-def in_worker() -> bool:
-    """Whether this thread runs a sync iterator for an event loop."""
-    return getattr(_Worker._inside, "yes", False)
-
-
-class _SharedLoop:
-    """One event loop in a thread of its own, for the async iterators of a server of threads. Started when needed."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def run(self, awaitable: Awaitable[object]) -> object:
-        """Return what ``awaitable`` returns or raises, awaited in the loop."""
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="django-sse-loop", daemon=True).start()
-        return asyncio.run_coroutine_threadsafe(awaitable, self._loop).result()  # type: ignore[arg-type]
-
-
-_shared_loop = _SharedLoop()
-
-
-def _forget_after_fork() -> None:
-    # The parent's loop thread does not run here.
-    global _shared_loop
-    _shared_loop = _SharedLoop()
-
-
-os.register_at_fork(after_in_child=_forget_after_fork)
-
-
-def on_gevent() -> bool:
-    """Whether this process's threads are greenlets (``gevent.monkey.patch_all()``)."""
-    monkey = sys.modules.get("gevent.monkey")
-    return monkey is not None and bool(monkey.is_module_patched("threading"))
-
-
-def on_unpatched_gevent() -> bool:
-    """Whether the caller is a greenlet although threads are not: waiting would then stop the whole process."""
-    gevent = sys.modules.get("gevent")
-    return gevent is not None and not on_gevent() and isinstance(gevent.getcurrent(), gevent.Greenlet)

@@ -22,8 +22,10 @@ from sse import Sse as PlainSse
 
 from .conf import configuration
 from .exceptions import TooManyStreams
-from .streams import Chunk, Mailbox, Source, Stream, Workers, flush_sse, has_own_iter, on_gevent
+from .inbox import Mailbox
+from .streams import Chunk, Source, Stream, flush_sse, has_own_iter
 from .wire import Sse
+from .workers import Workers, on_gevent
 
 __all__ = ["BaseSseView"]
 
@@ -117,7 +119,7 @@ class BaseSseView(View):
     def _iterator(self) -> Iterable[Any] | AsyncIterable[Any]:
         """Return the chunks of the stream, as text, in the way that suits the request: what an own response streams."""
         self._open()
-        iterator = self.iterator()
+        iterator: Any = self.iterator()
         if inspect.iscoroutine(iterator):
             iterator = _unwrap(iterator)
         if not hasattr(self, "sse"):  # an instance that dispatch() has not seen
@@ -151,8 +153,8 @@ def _stream(source: Source, request: HttpRequest | None) -> Stream:
     on_loop = isinstance(request, ASGIRequest)
     if not on_loop and on_gevent() and source.kind(on_loop=False) == "async":
         raise ImproperlyConfigured(
-            "An async iterator() cannot run on a gevent server: asyncio takes all greenlets of a thread for one, so every "
-            "other request would seem to run inside its event loop. Write it as a plain generator (`def`, not "
+            "An async iterator() cannot run on a gevent server: asyncio takes all greenlets of a thread for one, so "
+            "every other request would seem to run inside its event loop. Write it as a plain generator (`def`, not "
             "`async def`), or serve this view through ASGI."
         )
     return Stream(source, workers, on_loop=on_loop)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import sse
 
@@ -30,7 +31,7 @@ def comment(text: str = "") -> bytes:
 
 
 def retry(milliseconds: int) -> bytes:
-    """Return a ``retry`` block: how long a browser waits before it reconnects. ``ValueError`` below 0 or for no number."""
+    """Return a ``retry`` block: how long a browser waits before it reconnects. ``ValueError`` for a negative number."""
     return _retry(milliseconds).encode()
 
 
@@ -39,6 +40,8 @@ class Sse(sse.Sse):  # type: ignore[misc]
 
     Every method appends one whole block or raises and appends nothing, so another thread may add messages meanwhile.
     """
+
+    _buffer: list[str]
 
     def set_retry(self, num: int | str) -> None:
         """Set the browser's reconnection time to ``num`` milliseconds. ``ValueError`` for anything but digits."""
@@ -68,9 +71,9 @@ class Sse(sse.Sse):  # type: ignore[misc]
         """Add a comment: bytes on the connection that no script sees, such as a heartbeat."""
         self._buffer.append(_comment(text))
 
-    def __getattr__(self, attr: str) -> object:
+    def __getattr__(self, attr: str) -> Any:
         # The base class delegates to object.__getattr__, which does not exist: its own error would name that instead.
-        if self._rx_event.search(attr) is None:
+        if sse.Sse._rx_event.search(attr) is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {attr!r}")
         return super().__getattr__(attr)
 

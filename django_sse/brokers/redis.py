@@ -1,8 +1,8 @@
 """The Redis broker: publishes through the caller's client, and reads through one pub/sub connection per process.
 
-One thread owns that connection: it alone writes to it and reads from it (a TLS socket allows nothing else), and it never
-dies of an error. Other threads only change what is wanted and ring its bell. It reconnects for as long as it takes, and
-gives the connection back when nothing has been wanted for a while.
+One thread owns that connection: it alone writes to it and reads from it (a TLS socket allows nothing else), and it
+never dies of an error. Other threads only change what is wanted and ring its bell. It reconnects for as long as it
+takes, and gives the connection back when nothing has been wanted for a while.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 
 import redis
 
-from ..exceptions import BrokerUnavailable
+from django_sse.exceptions import BrokerUnavailable
+
 from .base import Broker, Payload
 
 __all__ = ["RedisBroker", "RedisUnavailable"]
@@ -214,7 +215,7 @@ class _Reader:
         """Open a connection and serve it. Whether the thread shall end; else the connection has failed."""
         pubsub = None
         try:
-            pubsub = self._broker.connect().pubsub()
+            pubsub = self._broker.connect().pubsub()  # type: ignore[no-untyped-call]
             with selectors.DefaultSelector() as selector:
                 selector.register(self._listen, selectors.EVENT_READ)
                 self._serve(pubsub, selector)

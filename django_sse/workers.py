@@ -1,0 +1,191 @@
+"""Threads and loops of our own, for iterators that do not fit the server: never more than needed, none after a fork.
+
+A sync iterator under an event loop gets a thread, an async one under a server of threads a loop in a thread that all
+such iterators share. Both are daemons: an endless iterator must not keep the process from ending.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import itertools
+import logging
+import os
+import queue
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from .exceptions import TooManyStreams
+
+__all__ = ["DONE", "Worker", "Workers", "in_worker", "on_gevent", "on_unpatched_gevent", "run_in_loop"]
+
+log = logging.getLogger("django_sse")
+
+#: What a worker that has been stopped answers, and ``next()`` at the end.
+DONE = object()
+
+
+class Workers:
+    """The threads that step sync iterators for event loops, one for each stream, at most ``limit()`` of them.
+
+    One each, and not a pool of fewer: how long a step takes is up to the iterator's blocking calls, and what it keeps
+    in its thread (a database connection) must be there at the next step. ``at_exit`` is called in a thread that ends.
+    """
+
+    def __init__(self, limit: Callable[[], int], at_exit: Callable[[], None]) -> None:
+        self.limit = limit
+        self.at_exit = at_exit
+        self._lock = threading.Lock()
+        # Weak: a stream that is dropped unclosed gives its place back.
+        self._hired: weakref.WeakSet[Worker] = weakref.WeakSet()
+        os.register_at_fork(after_in_child=self._forget_after_fork)
+
+    def hire(self, close: Callable[[], None]) -> Worker:
+        """Return a worker, which calls ``close`` at its end. Raises ``TooManyStreams``."""
+        limit = self.limit()
+        with self._lock:
+            full = len(self._hired) >= limit
+            if not full:
+                worker = Worker(self, close)
+                self._hired.add(worker)
+                return worker
+        raise TooManyStreams(
+            f"{limit} sync iterators are streaming under ASGI in this process, each in a thread of its own. "
+            'Raise DJANGO_SSE["THREADS"], or write the iterator as `async def`, which needs no thread.'
+        )
+
+    def _forget_after_fork(self) -> None:
+        self._lock = threading.Lock()
+        self._hired = weakref.WeakSet()
+
+    def dismiss(self, worker: Worker) -> None:
+        """Give the worker's place to another."""
+        with self._lock:
+            self._hired.discard(worker)
+
+
+class Worker:
+    """A thread, started with its first call."""
+
+    _inside = threading.local()
+    _number = itertools.count(1)
+
+    def __init__(self, workers: Workers, close: Callable[[], None]) -> None:
+        self._workers = workers
+        self._close = close
+        self._context = contextvars.copy_context()
+        # SimpleQueue, for its put() may be called from __del__. None: end.
+        self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._stopped = False
+
+    async def run(self, function: Callable[[], object]) -> object:
+        """Return what ``function`` returns or raises, called in the thread. One at a time."""
+        if self._stopped:
+            return DONE
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[object] = loop.create_future()
+        self._calls.put((function, loop, future))
+        if self._thread is None:
+            name = f"django-sse-stream-{next(self._number)}"
+            # Daemon: an endless iterator must not keep the process from ending.
+            self._thread = threading.Thread(target=self._context.run, args=(self._work,), name=name, daemon=True)
+            self._thread.start()
+        return await future
+
+    def stop(self) -> None:
+        """Close the iterator in its thread, after the step that is under way, and end the thread."""
+        if not self._stopped:
+            self._stopped = True
+            self._calls.put(None)
+            if self._thread is None:
+                self._close()
+                self._workers.dismiss(self)
+
+    def _work(self) -> None:
+        self._inside.yes = True
+        try:
+            while (call := self._calls.get()) is not None and not self._stopped:
+                _answer(*call)
+            self._close()
+        except Exception:
+            log.exception("The iterator of a stream failed while it was closed")
+        finally:
+            self._workers.at_exit()
+            self._workers.dismiss(self)
+
+
+Call = tuple[Callable[[], object], asyncio.AbstractEventLoop, "asyncio.Future[object]"]
+
+
+def _answer(function: Callable[[], object], loop: asyncio.AbstractEventLoop, future: asyncio.Future[object]) -> None:
+    result: object = None
+    error: BaseException | None = None
+    try:
+        result = function()
+    # Whatever it is, it belongs to whoever awaits the answer.
+    except BaseException as caught:  # noqa: BLE001
+        error = caught
+    # A loop that is closed awaits nothing any more.
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(_settle, future, result, error)
+
+
+def _settle(future: asyncio.Future[object], result: object, error: BaseException | None) -> None:
+    if future.done():  # cancelled: the client has left
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
+
+
+def in_worker() -> bool:
+    """Whether this thread runs a sync iterator for an event loop."""
+    return getattr(Worker._inside, "yes", False)
+
+
+class _SharedLoop:
+    """One event loop in a thread of its own, started when it is first needed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def run(self, coroutine: Coroutine[Any, Any, object]) -> object:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="django-sse-loop", daemon=True).start()
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+
+_shared_loop = _SharedLoop()
+
+
+def run_in_loop(coroutine: Coroutine[Any, Any, object]) -> object:
+    """Return what ``coroutine`` returns or raises, awaited in the loop that all streams of this process share."""
+    return _shared_loop.run(coroutine)
+
+
+def _forget_after_fork() -> None:
+    global _shared_loop
+    _shared_loop = _SharedLoop()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+def on_gevent() -> bool:
+    """Whether this process's threads are greenlets (``gevent.monkey.patch_all()``)."""
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and bool(monkey.is_module_patched("threading"))
+
+
+def on_unpatched_gevent() -> bool:
+    """Whether the caller is a greenlet although threads are not: waiting would then stop the whole process."""
+    gevent = sys.modules.get("gevent")
+    return gevent is not None and not on_gevent() and isinstance(gevent.getcurrent(), gevent.Greenlet)
