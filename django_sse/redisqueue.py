@@ -19,6 +19,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.serializers.json import DjangoJSONEncoder
 from django.db import transaction
 from django.utils.functional import Promise, classproperty
+from sse import Sse as PlainSse
 
 from . import runtime
 from .brokers.base import Broker
@@ -52,7 +53,7 @@ def __getattr__(name: str) -> Any:
 
 def _current(name: str) -> Any:
     """Return what a program has assigned to ``name`` in this module, else what the settings say."""
-    return globals().get(name) or __getattr__(name)
+    return globals()[name] if name in globals() else __getattr__(name)
 
 
 class ConnectionPoolManager:
@@ -80,7 +81,7 @@ def _make_pool(kwargs: Mapping[str, Any]) -> redis.ConnectionPool:
     options = {
         # redis-py stops at 100 connections, which a program with a connection of its own for each client exceeds.
         "max_connections": 2**31,
-        "db": int(kwargs.get("db") or 0),
+        "db": _db(kwargs),
         "password": kwargs.get("password"),
         **kwargs.get("options", {}),
     }
@@ -93,6 +94,14 @@ def _make_pool(kwargs: Mapping[str, Any]) -> redis.ConnectionPool:
         )
     host, port = _host_and_port(location)
     return redis.ConnectionPool(host=host, port=port, **options)
+
+
+def _db(kwargs: Mapping[str, Any]) -> int:
+    db = kwargs.get("db") or 0
+    try:
+        return int(db)
+    except (TypeError, ValueError):
+        raise ImproperlyConfigured(f"`db` in {CONNECTION_SETTING} must be a number, not {db!r}.") from None
 
 
 def _location(kwargs: Mapping[str, Any]) -> str:
@@ -234,7 +243,7 @@ class RedisQueueView(BaseSseView):
             self._mailbox = self._steps.open()
 
     def _stream(self, iterator: Iterable[object] | AsyncIterable[object] | None, **source: Any) -> Stream:
-        if isinstance(iterator, _Steps) and iterator.mailbox is not None and type(self.sse) is Sse:
+        if isinstance(iterator, _Steps) and iterator.mailbox is not None and type(self.sse) in (Sse, PlainSse):
             # Nobody has a say in each event, so that every client gets the same bytes.
             heartbeat = check_heartbeat(f"{type(self).__name__}.heartbeat", self.heartbeat)
             return super()._stream(None, mailbox=iterator.mailbox, heartbeat=heartbeat)

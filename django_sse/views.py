@@ -80,8 +80,7 @@ class BaseSseView(View):
         self.request = request
         self.args = args
         self.kwargs = kwargs
-        method = "GET" if request.method == "HEAD" else request.method or ""
-        if method.lower() not in self.http_method_names:
+        if not self._allows("GET" if request.method == "HEAD" else request.method or ""):
             return HttpResponseNotAllowed([name.upper() for name in self.http_method_names])
         self.sse = self._buffer()
         if request.method == "HEAD":
@@ -96,6 +95,10 @@ class BaseSseView(View):
         response["X-Accel-Buffering"] = "no"
         response["Software"] = "django-sse"
         return response
+
+    def _allows(self, method: str) -> bool:
+        # Django's own list is no filter here: every method streams until a subclass narrows it.
+        return self.http_method_names == View.http_method_names or method.lower() in self.http_method_names
 
     def get_last_id(self) -> str | None:
         """Return the last event ID that the client has seen (``Last-Event-ID``), or ``None`` on a first connect."""
@@ -138,7 +141,7 @@ class BaseSseView(View):
 
     def _wrap(self, chunks: Iterable[Any] | AsyncIterable[Any]) -> Stream:
         """Return the stream of the ``chunks`` that an ``_iterator()`` of a subclass gives."""
-        return _stream(Source(chunks, _as_it_is, mailbox=self._mailbox), self.request)
+        return _stream(Source(chunks, _as_it_is, first=self._first_chunks(), mailbox=self._mailbox), self.request)
 
     def _first_chunks(self) -> Iterator[Chunk]:
         # What is there already (``retry``) leaves at once, unless the buffer's own iteration might wait for more.
