@@ -7,6 +7,7 @@ looks into the mailbox first, so no ring is lost and none is needed twice.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import weakref
 from collections import deque
@@ -140,9 +141,10 @@ class _LoopAlarm:
         if not self._called:
             self._called = True
             loop = self._loop()
-            # A loop that is gone took its streams with it.
-            if loop is not None and not loop.is_closed():
-                loop.call_soon_threadsafe(self._answer)
+            # A loop that is closed, or gone, took its streams with it.
+            if loop is not None:
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(self._answer)
 
     def _answer(self) -> None:
         # First the flag, then the bells: one that is added in between is answered now, and once more for nothing.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -74,6 +75,13 @@ class ConnectionPoolManager:
             if key not in cls.pools:
                 cls.pools[key] = _make_pool(kwargs)
             return cls.pools[key]
+
+
+def _forget_after_fork() -> None:
+    ConnectionPoolManager._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 def _make_pool(kwargs: Mapping[str, Any]) -> redis.ConnectionPool:
@@ -205,6 +213,10 @@ def _checked_channel(channel: Any) -> str:
         channel = channel.decode()
     if not isinstance(channel, str) or not channel:
         raise ValueError(f"channel must be a name, not {channel!r}")
+    try:
+        channel.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"channel {channel!r} contains a lone surrogate, which UTF-8 cannot carry") from error
     return channel
 
 

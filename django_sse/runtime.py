@@ -51,10 +51,10 @@ class Runtime:
         Waits for the broker for at most ``timeout`` seconds. Raises ``BrokerUnavailable``; nothing is left behind then.
         """
         listener = Listener(self, Subscription(channels, max_events=max_events, max_bytes=max_bytes))
-        with self._lock:
-            for channel in self._hub.add(listener.subscription):
-                self.broker.subscribe(channel)
         try:
+            with self._lock:
+                for channel in self._hub.add(listener.subscription):
+                    self.broker.subscribe(channel)
             self.broker.wait_subscribed(listener.subscription.channels, timeout)
         except BaseException:
             listener.close()

@@ -17,7 +17,7 @@ from .event import Event
 from .exceptions import BrokerUnavailable
 from .inbox import Inbox, Mailbox
 from .wire import Sse, comment
-from .workers import DONE, Workers, in_worker, run_in_loop
+from .workers import DONE, Worker, Workers, in_worker, run_in_loop
 
 __all__ = ["Chunk", "Source", "Stream", "flush_sse", "has_own_iter"]
 
@@ -197,6 +197,8 @@ _closing: set[asyncio.Task[None]] = set()
 class _InThread:
     """A sync iterator under an event loop: stepped, start to end, by a thread of its own."""
 
+    _worker: Worker = None  # type: ignore[assignment]
+
     def __init__(self, source: Source, workers: Workers) -> None:
         self._inner = _Here(source, workers)
         self._worker = workers.hire(self._inner.close)
@@ -214,7 +216,9 @@ class _InThread:
         self._worker.stop()
 
     def __del__(self) -> None:
-        self._worker.stop()  # dropped unclosed: the thread would wait for its next step for ever
+        # Dropped unclosed, the thread would wait for its next step for ever. None: refused, there is no thread.
+        if self._worker is not None:
+            self._worker.stop()
 
 
 class _InLoop:

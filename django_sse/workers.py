@@ -7,6 +7,7 @@ such iterators share. Both are daemons: an endless iterator must not keep the pr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import itertools
 import logging
@@ -62,9 +63,8 @@ class Workers:
         self._hired = weakref.WeakSet()
 
     def dismiss(self, worker: Worker) -> None:
-        """Give the worker's place to another."""
-        with self._lock:
-            self._hired.discard(worker)
+        """Give the worker's place to another. Takes no lock: a worker that is collected may call it at any point."""
+        self._hired.discard(worker)
 
 
 class Worker:
@@ -108,8 +108,10 @@ class Worker:
     def _work(self) -> None:
         self._inside.yes = True
         try:
-            while (call := self._calls.get()) is not None and not self._stopped:
-                _answer(*call)
+            while (call := self._calls.get()) is not None:
+                function, loop, future = call
+                # Stopped since it was asked? It is answered all the same: a task may be waiting.
+                _answer((lambda: DONE) if self._stopped else function, loop, future)
             self._close()
         except Exception:
             log.exception("The iterator of a stream failed while it was closed")
@@ -130,7 +132,7 @@ def _answer(function: Callable[[], object], loop: asyncio.AbstractEventLoop, fut
     except BaseException as caught:  # noqa: BLE001
         error = caught
     # A loop that is closed awaits nothing any more.
-    if not loop.is_closed():
+    with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(_settle, future, result, error)
 
 

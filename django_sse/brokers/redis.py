@@ -36,6 +36,8 @@ MESSAGE_TIMEOUT = 10.0
 IDLE_TIMEOUT = 5.0
 #: Messages taken from the connection before they are delivered: bounds the memory of a burst, not its speed.
 BATCH = 256
+#: Seconds for which close() waits for the thread: it may be in the middle of a delivery.
+STOP_TIMEOUT = 1.0
 #: Seconds to wait before reconnecting: the first time, doubled at each failure, up to the last. Jittered by half.
 BACKOFF = (0.05, 2.0)
 #: Seconds between two looks at a connection whose client has no socket to wait for (a fake one in a test).
@@ -56,10 +58,14 @@ class RedisBroker(Broker):
         #: Guards everything below, and is notified of every change a waiter may wait for.
         self._state = threading.Condition()
         self._wanted: set[str] = set()
+        # What the present connection delivers, and what Redis refused it. A channel that is given up stays here until
+        # the reader has seen it: taken again before that, it is still subscribed.
         self._confirmed: set[str] = set()
         self._refused: dict[str, Exception] = {}
-        #: Why the connection is down, while the reader waits before it tries again.
+        #: Why the last attempt to connect failed, unless somebody has asked for another since.
         self._down: Exception | None = None
+        #: Whether a loss has been logged, and its end has not.
+        self._outage = False
         self._reader: _Reader | None = None
 
     def publish(self, channel: str, payload: str) -> None:
@@ -75,17 +81,17 @@ class RedisBroker(Broker):
     def subscribe(self, channel: str) -> None:
         with self._state:
             self._wanted.add(channel)
+            self._down = None
             if self._reader is None:
-                self._reader = _Reader(self)
-                self._reader.start()
+                reader = _Reader(self)
+                reader.start()
+                self._reader = reader
             else:
-                self._reader.ring()
+                self._reader.ring(hurry=True)
 
     def unsubscribe(self, channel: str) -> None:
         with self._state:
             self._wanted.discard(channel)
-            self._confirmed.discard(channel)
-            self._refused.pop(channel, None)
             if self._reader is not None:
                 self._reader.ring()
 
@@ -116,16 +122,20 @@ class RedisBroker(Broker):
     def wants(self, reader: _Reader) -> set[str] | None:
         """What ``reader`` shall be subscribed to; ``None``: it shall end."""
         with self._state:
-            return set(self._wanted) if self._reader is reader else None
+            if self._reader is not reader:
+                return None
+            self._confirmed &= self._wanted
+            self._refused = {channel: error for channel, error in self._refused.items() if channel in self._wanted}
+            return set(self._wanted)
 
     def confirm(self, reader: _Reader, channel: str) -> None:
         """Redis delivers ``channel`` from now on."""
         with self._state:
             if self._reader is not reader:
                 return
-            if self._down is not None:
+            if self._outage:
+                self._outage = False
                 log.warning("The Redis subscription of this process is back.")
-                self._down = None
             if channel in self._wanted:
                 self._confirmed.add(channel)
                 self._state.notify_all()
@@ -143,7 +153,8 @@ class RedisBroker(Broker):
         with self._state:
             if self._reader is not reader:
                 return False
-            if self._down is None:
+            if not self._outage:
+                self._outage = True
                 log.warning(
                     "The Redis subscription of this process is lost (%s); reconnecting. "
                     "Open streams stay open; what is published meanwhile does not reach them.",
@@ -172,8 +183,14 @@ class _Reader:
         self._listen, self._bell = socket.socketpair()
         self._listen.setblocking(False)
         self._bell.setblocking(False)
+        # Made now and kept: a process that is out of file descriptors must not lose its thread over one.
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listen, selectors.EVENT_READ)
+        self._watched: socket.socket | None = None
         #: Whether what is wanted may have changed since the thread last looked.
         self._changed = True
+        #: Whether somebody waits for the next attempt to connect.
+        self._hurry = False
         #: Connections that failed in a row.
         self._failures = 0
         #: Channels in the order in which this connection was told to subscribe, without an answer so far.
@@ -182,9 +199,10 @@ class _Reader:
     def start(self) -> None:
         self._thread.start()
 
-    def ring(self) -> None:
-        """Make the thread look at what is wanted. From any thread."""
+    def ring(self, *, hurry: bool = False) -> None:
+        """Make the thread look at what is wanted; with ``hurry``, also cut short its pause. From any thread."""
         self._changed = True
+        self._hurry = self._hurry or hurry
         # Full of unheard rings, or just closed by a thread that ends: one more ring would tell nothing new.
         with contextlib.suppress(OSError):
             self._bell.send(b"\0")
@@ -193,32 +211,32 @@ class _Reader:
         """End the thread and wait for it, unless the caller is that thread."""
         self.ring()
         if self._thread is not threading.current_thread():
-            self._thread.join(MESSAGE_TIMEOUT)
+            self._thread.join(STOP_TIMEOUT)
 
     def _run(self) -> None:
-        with self._listen, self._bell:
+        with self._listen, self._bell, self._selector:
             while not self._serve_once():
-                first, last = BACKOFF
-                seconds = min(last, first * 2 ** min(self._failures, 16)) * random.uniform(0.5, 1.0)
+                self._pause()
                 self._failures += 1
-                with selectors.DefaultSelector() as selector:
-                    selector.register(self._listen, selectors.EVENT_READ)
-                    self._pause(selector, seconds)
 
-    def _pause(self, selector: selectors.BaseSelector, seconds: float) -> None:
-        """Wait out ``seconds``; a ring matters only if it tells the thread to end."""
-        deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0 and self._broker.wants(self) is not None:
-            self._hear(selector, left)
+    def _pause(self) -> None:
+        """Wait before the next attempt: the longer, the more have failed, unless somebody waits for it."""
+        first, last = BACKOFF
+        begin = time.monotonic()
+        seconds = min(last, first * 2 ** min(self._failures, 16)) * random.uniform(0.5, 1.0)
+        while self._broker.wants(self) is not None:
+            left = begin + (min(first, seconds) if self._hurry else seconds) - time.monotonic()
+            if left <= 0:
+                return
+            self._hear(left)
 
     def _serve_once(self) -> bool:
         """Open a connection and serve it. Whether the thread shall end; else the connection has failed."""
         pubsub = None
+        self._hurry = False
         try:
             pubsub = self._broker.connect().pubsub()  # type: ignore[no-untyped-call]
-            with selectors.DefaultSelector() as selector:
-                selector.register(self._listen, selectors.EVENT_READ)
-                self._serve(pubsub, selector)
+            self._serve(pubsub)
             return True
         # Supervision: whatever went wrong with this connection, the next one may do.
         except Exception as error:
@@ -226,10 +244,11 @@ class _Reader:
                 log.exception("Unexpected error in the Redis reader; reconnecting")
             return not self._broker.lost(self, error)
         finally:
+            self._watch(None)
             if pubsub is not None:
                 pubsub.close()
 
-    def _serve(self, pubsub: Any, selector: selectors.BaseSelector) -> None:
+    def _serve(self, pubsub: Any) -> None:
         """Read from one connection until it fails, by an exception, or the thread shall end."""
         told: set[str] = set()
         self._asked.clear()
@@ -257,9 +276,9 @@ class _Reader:
                 pubsub.ping()
                 heard, pinged = now, True
             timeout = PING_INTERVAL if told else IDLE_TIMEOUT
-            if pubsub.connection is not None and not self._watch(selector, pubsub.connection):
+            if pubsub.connection is not None and not self._watch(pubsub.connection):
                 timeout = POLL_INTERVAL
-            self._hear(selector, timeout)
+            self._hear(timeout)
 
     def _tell(self, pubsub: Any, told: set[str], wanted: set[str]) -> None:
         gone = told - wanted
@@ -268,9 +287,13 @@ class _Reader:
             told -= gone
         # One command a channel, so that a refusal (by an ACL) can be told to concern that channel alone.
         for channel in wanted - told:
-            pubsub.subscribe(channel)
-            self._asked.append(channel)
             told.add(channel)
+            try:
+                pubsub.subscribe(channel)
+            except (UnicodeError, redis.exceptions.DataError) as error:  # no name that could be sent
+                self._broker.refuse(self, channel, error)
+            else:
+                self._asked.append(channel)
 
     def _read(self, pubsub: Any) -> bool:
         """Deliver what has arrived, without waiting for more. Whether anything had."""
@@ -306,24 +329,24 @@ class _Reader:
         if channel not in self._asked:
             self._broker.confirm(self, channel)
 
-    def _watch(self, selector: selectors.BaseSelector, connection: Any) -> bool:
-        """Make ``selector`` watch the connection's socket. False where there is none to watch: a fake client's."""
+    def _watch(self, connection: Any) -> bool:
+        """Hear the connection's socket as well. False where there is none to hear: a fake client's."""
         # redis-py keeps the socket to itself (and replaces it when it reconnects on its own account), but a thread that
         # waits inside redis-py could not hear the bell.
         sock = getattr(connection, "_sock", None)
-        watched = [key.fileobj for key in selector.get_map().values() if key.fileobj is not self._listen]
-        if watched == [sock]:
-            return True
-        for fileobj in watched:
-            selector.unregister(fileobj)
         if not isinstance(sock, socket.socket):
-            return False
-        selector.register(sock, selectors.EVENT_READ)
-        return True
+            sock = None
+        if sock is not self._watched:
+            if self._watched is not None:
+                self._selector.unregister(self._watched)
+            if sock is not None:
+                self._selector.register(sock, selectors.EVENT_READ)
+            self._watched = sock
+        return sock is not None
 
-    def _hear(self, selector: selectors.BaseSelector, timeout: float) -> None:
+    def _hear(self, timeout: float) -> None:
         """Wait until there is something to read, the bell rings, or ``timeout`` seconds have passed."""
-        selector.select(timeout)
+        self._selector.select(timeout)
         with contextlib.suppress(BlockingIOError):
             while self._listen.recv(4096):
                 pass
