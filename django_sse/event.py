@@ -70,11 +70,12 @@ def text_of(data: object, *, encoding: str = "utf-8", dumps: Callable[[Any], str
     must say), and ``ValueError`` for bytes that are not valid in ``encoding``.
     """
     if isinstance(data, str):
-        return data
+        return str.__str__(data)  # of a subclass, such as an enumeration's, its text and not its own idea of it
     if isinstance(data, (bytes, bytearray, memoryview)):
         return _decode("data", bytes(data), encoding)
     if isinstance(data, (list, tuple, set, frozenset)):
-        return "\n".join(_line(item, encoding) for item in data)
+        # Without CR, which would form one line end with the LF that joins.
+        return "\n".join(_line(item, encoding).replace("\r\n", "\n").replace("\r", "\n") for item in data)
     return dumps(data)
 
 
@@ -109,17 +110,17 @@ def decode_payload(payload: bytes | str) -> Event:
 
 def _label(argument: str, value: object) -> str:
     if isinstance(value, str):
-        return value
+        return str.__str__(value)
     if isinstance(value, bytes):
         return _decode(argument, value, "utf-8")
     if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
+        return int.__repr__(value)  # the digits, of an enumeration's member as well
     raise TypeError(f"{argument} must be str, bytes or int, not {type(value).__name__}")
 
 
 def _line(item: object, encoding: str) -> str:
     if isinstance(item, str):
-        return item
+        return str.__str__(item)
     if isinstance(item, bytes):
         return _decode("data", item, encoding)
     raise TypeError(

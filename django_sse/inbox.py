@@ -16,7 +16,7 @@ from typing import ClassVar, Protocol
 
 from .event import Event
 
-__all__ = ["Inbox", "Mailbox"]
+__all__ = ["Inbox", "Mailbox", "Mailboxes"]
 
 
 class Mailbox(Protocol):
@@ -27,6 +27,26 @@ class Mailbox(Protocol):
     def wake_by(self, wake: Callable[[], None]) -> None: ...
     def take(self, limit: int | None = None) -> list[tuple[Event, bytes]]: ...
     def close(self, reason: str = "client") -> None: ...
+
+
+class Mailboxes:
+    """The subscriptions of one stream, which end with it. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._opened: list[Mailbox] = []
+        self._closed = False
+
+    def add(self, mailbox: Mailbox) -> None:
+        """Let ``mailbox`` end with the stream: at once, if that has ended."""
+        self._opened.append(mailbox)
+        if self._closed:
+            mailbox.close()
+
+    def close(self) -> None:
+        """End them all, and those that come later."""
+        self._closed = True
+        for mailbox in self._opened[:]:
+            mailbox.close()
 
 
 class Inbox:
@@ -85,7 +105,8 @@ class _LoopBell:
         self._alarm.add(self)
 
     def answer(self) -> None:
-        if self._future is not None and not self._future.done():
+        # Not rung any more? Then a look at the mailbox came first, and has taken what the ring was for.
+        if self._rung and self._future is not None and not self._future.done():
             self._future.set_result(True)
 
     def clear(self) -> None:

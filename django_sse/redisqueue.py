@@ -252,7 +252,7 @@ class RedisQueueView(BaseSseView):
         # not need Redis, nor our settings, to be right.
         if self._steps is None:
             self._steps = _Steps(self, _names(self.get_redis_channel()))
-            self._mailbox = self._steps.open()
+            self._steps.open()
 
     def _stream(self, iterator: Iterable[object] | AsyncIterable[object] | None, **source: Any) -> Stream:
         if isinstance(iterator, _Steps) and iterator.mailbox is not None and type(self.sse) in (Sse, PlainSse):
@@ -276,8 +276,8 @@ class _Steps:
         """The subscription, once it is open."""
         return None if self._inbox is None else self._inbox.mailbox  # type: ignore[return-value]
 
-    def open(self) -> runtime.Listener | None:
-        """Subscribe, and return the subscription; what goes wrong is raised by the first step."""
+    def open(self) -> None:
+        """Subscribe; what goes wrong is raised by the first step."""
         if on_unpatched_gevent():
             raise ImproperlyConfigured(
                 "This process serves requests with gevent but waits with threads: one waiting stream would stop all "
@@ -287,10 +287,11 @@ class _Steps:
         try:
             if self._channels is None:
                 self._channels = _names(self._view.get_redis_channel())
-            self._inbox = Inbox(_runtime().open(self._channels, max_events=max_events, max_bytes=max_bytes))
+            listener = _runtime().open(self._channels, max_events=max_events, max_bytes=max_bytes)
+            self._view._mailboxes.add(listener)
+            self._inbox = Inbox(listener)
         except (BrokerUnavailable, ImproperlyConfigured) as error:
             self._error = error
-        return self.mailbox
 
     def __iter__(self) -> Iterator[object]:
         return self

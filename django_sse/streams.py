@@ -15,7 +15,7 @@ import sse
 
 from .event import Event
 from .exceptions import BrokerUnavailable
-from .inbox import Inbox, Mailbox
+from .inbox import Inbox, Mailbox, Mailboxes
 from .wire import Sse, comment
 from .workers import DONE, Worker, Workers, in_worker, run_in_loop
 
@@ -29,8 +29,8 @@ class Source:
     """What a stream sends: the steps of ``iterator``, or a mailbox.
 
     ``flush(value)`` gives the chunks that follow from one step, which yielded ``value``. ``first`` are the chunks that
-    are sent before the first step. ``mailbox``, if any, is given back with the stream; with ``iterator`` ``None`` its
-    events are the stream, with a comment after every ``heartbeat`` seconds of silence.
+    are sent before the first step. With ``iterator`` ``None`` the events of ``mailbox`` are the stream, with a comment
+    after every ``heartbeat`` seconds of silence. What is in ``mailboxes`` ends with the stream.
     """
 
     def __init__(
@@ -41,12 +41,14 @@ class Source:
         first: Iterable[Chunk] = (),
         mailbox: Mailbox | None = None,
         heartbeat: float | None = None,
+        mailboxes: Mailboxes | None = None,
     ) -> None:
         self.iterator = iterator
         self.flush = flush
         self.first = first
         self.mailbox = mailbox
         self.heartbeat = heartbeat
+        self.mailboxes = mailboxes or Mailboxes()
         #: Whether chunks leave as text, for code that edits them, or as bytes.
         self.text = True
         #: Whether ``BrokerUnavailable`` ends the stream like the end of the iterator; it has been logged already.
@@ -345,9 +347,8 @@ class Stream:
         return self._driver
 
     def close(self) -> None:
-        """End the stream: give the mailbox back, run the iterator's ``finally``. By any thread, at any time."""
-        # The mailbox first: its end is what a thread that waits for it can see.
-        if self._source.mailbox is not None:
-            self._source.mailbox.close()
+        """End the stream: give the mailboxes back, run the iterator's ``finally``. By any thread, at any time."""
+        # The mailboxes first: their end is what a thread that waits for one can see.
+        self._source.mailboxes.close()
         if self._driver is not None:
             self._driver.close()

@@ -22,7 +22,7 @@ from sse import Sse as PlainSse
 
 from .conf import configuration
 from .exceptions import TooManyStreams
-from .inbox import Mailbox
+from .inbox import Mailboxes
 from .streams import Chunk, Source, Stream, flush_sse, has_own_iter
 from .wire import Sse
 from .workers import Workers, on_gevent
@@ -53,9 +53,6 @@ class BaseSseView(View):
     sse: PlainSse
     #: Milliseconds before the browser reconnects. ``None``: ``DJANGO_SSE["RETRY"]``.
     retry: int | None = None
-
-    #: The subscription that ends with the stream, where there is one.
-    _mailbox: Mailbox | None = None
 
     @classmethod
     def as_view(cls, **initkwargs: Any) -> Callable[..., HttpResponseBase]:
@@ -127,21 +124,24 @@ class BaseSseView(View):
             iterator = _unwrap(iterator)
         if not hasattr(self, "sse"):  # an instance that dispatch() has not seen
             self.sse = self._buffer()
-        return self._stream(iterator, mailbox=self._mailbox)
+        return self._stream(iterator)
+
+    @functools.cached_property
+    def _mailboxes(self) -> Mailboxes:
+        """What is subscribed to for this request, and ends with its stream."""
+        return Mailboxes()
 
     def _open(self) -> None:
         """Get ready before any header is sent. May be called again, and does nothing then."""
 
     def _stream(self, iterator: Iterable[object] | AsyncIterable[object] | None, **source: Any) -> Stream:
         """Return the stream of the steps of ``iterator``, each of which flushes ``self.sse``."""
-        return _stream(
-            Source(iterator, lambda value: flush_sse(self.sse), first=self._first_chunks(), **source),
-            getattr(self, "request", None),
-        )
+        source.update(first=self._first_chunks(), mailboxes=self._mailboxes)
+        return _stream(Source(iterator, lambda value: flush_sse(self.sse), **source), getattr(self, "request", None))
 
     def _wrap(self, chunks: Iterable[Any] | AsyncIterable[Any]) -> Stream:
         """Return the stream of the ``chunks`` that an ``_iterator()`` of a subclass gives."""
-        return _stream(Source(chunks, _as_it_is, first=self._first_chunks(), mailbox=self._mailbox), self.request)
+        return _stream(Source(chunks, _as_it_is, first=self._first_chunks(), mailboxes=self._mailboxes), self.request)
 
     def _first_chunks(self) -> Iterator[Chunk]:
         # What is there already (``retry``) leaves at once, unless the buffer's own iteration might wait for more.

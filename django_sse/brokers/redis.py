@@ -270,7 +270,7 @@ class _Reader:
             if not told:
                 if silence >= IDLE_TIMEOUT and self._broker.resign(self):
                     return
-            elif silence >= PING_INTERVAL:
+            elif silence >= PING_INTERVAL and self._watched is not None:
                 if pinged:
                     raise redis.exceptions.ConnectionError(f"no answer to a PING within {PING_INTERVAL} s")
                 pubsub.ping()
