@@ -235,7 +235,7 @@ class _Reader:
         pubsub = None
         self._hurry = False
         try:
-            pubsub = self._broker.connect().pubsub()  # type: ignore[no-untyped-call]
+            pubsub = _undecoded(self._broker.connect()).pubsub()  # type: ignore[no-untyped-call]
             self._serve(pubsub)
             return True
         # Supervision: whatever went wrong with this connection, the next one may do.
@@ -246,7 +246,8 @@ class _Reader:
         finally:
             self._watch(None)
             if pubsub is not None:
-                pubsub.close()
+                with contextlib.suppress(Exception):  # it is given up in any case
+                    pubsub.close()
 
     def _serve(self, pubsub: Any) -> None:
         """Read from one connection until it fails, by an exception, or the thread shall end."""
@@ -350,6 +351,15 @@ class _Reader:
         with contextlib.suppress(BlockingIOError):
             while self._listen.recv(4096):
                 pass
+
+
+def _undecoded(client: redis.Redis) -> redis.Redis:
+    """Return ``client``, or one like it that leaves payloads as they are: it is not its part to refuse one."""
+    pool = getattr(client, "connection_pool", None)
+    if type(pool) is not redis.ConnectionPool or not pool.connection_kwargs.get("decode_responses"):
+        return client
+    kwargs = {**pool.connection_kwargs, "decode_responses": False}
+    return redis.Redis(connection_pool=redis.ConnectionPool(pool.connection_class, **kwargs))
 
 
 def _text(channel: bytes | str) -> str:
