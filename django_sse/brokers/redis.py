@@ -58,10 +58,12 @@ class RedisBroker(Broker):
         #: Guards everything below, and is notified of every change a waiter may wait for.
         self._state = threading.Condition()
         self._wanted: set[str] = set()
-        # What the present connection delivers, and what Redis refused it. A channel that is given up stays here until
-        # the reader has seen it: taken again before that, it is still subscribed.
+        # What the present connection delivers. A channel that is given up stays here until the reader has seen it: if
+        # it is taken again before that, it is still subscribed.
         self._confirmed: set[str] = set()
+        #: What Redis refused, and why: until the channel is given up, so that who comes next asks again.
         self._refused: dict[str, Exception] = {}
+        self._ask_again: set[str] = set()
         #: Why the last attempt to connect failed, unless somebody has asked for another since.
         self._down: Exception | None = None
         #: Whether a loss has been logged, and its end has not.
@@ -92,6 +94,8 @@ class RedisBroker(Broker):
     def unsubscribe(self, channel: str) -> None:
         with self._state:
             self._wanted.discard(channel)
+            if self._refused.pop(channel, None) is not None:
+                self._ask_again.add(channel)
             if self._reader is not None:
                 self._reader.ring()
 
@@ -110,6 +114,7 @@ class RedisBroker(Broker):
             self._wanted.clear()
             self._confirmed.clear()
             self._refused.clear()
+            self._ask_again.clear()
             self._down = None
         if reader is not None:
             reader.stop()
@@ -119,13 +124,14 @@ class RedisBroker(Broker):
 
     # What the reader asks and reports. A reader that has been replaced or closed meanwhile changes nothing.
 
-    def wants(self, reader: _Reader) -> set[str] | None:
-        """What ``reader`` shall be subscribed to; ``None``: it shall end."""
+    def wants(self, reader: _Reader, told: set[str]) -> set[str] | None:
+        """What ``reader``, which has ``told`` Redis of some, shall be subscribed to; ``None``: it shall end."""
         with self._state:
             if self._reader is not reader:
                 return None
             self._confirmed &= self._wanted
-            self._refused = {channel: error for channel, error in self._refused.items() if channel in self._wanted}
+            told -= self._ask_again
+            self._ask_again.clear()
             return set(self._wanted)
 
     def confirm(self, reader: _Reader, channel: str) -> None:
@@ -224,7 +230,7 @@ class _Reader:
         first, last = BACKOFF
         begin = time.monotonic()
         seconds = min(last, first * 2 ** min(self._failures, 16)) * random.uniform(0.5, 1.0)
-        while self._broker.wants(self) is not None:
+        while self._broker.wants(self, set()) is not None:
             left = begin + (min(first, seconds) if self._hurry else seconds) - time.monotonic()
             if left <= 0:
                 return
@@ -259,7 +265,7 @@ class _Reader:
         while True:
             if self._changed:
                 self._changed = False
-                wanted = self._broker.wants(self)
+                wanted = self._broker.wants(self, told)
                 if wanted is None:
                     return
                 self._tell(pubsub, told, wanted)
