@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,7 +96,8 @@ def check_heartbeat(name: str, value: Any) -> float | None:
     """Return ``value`` if it can be a heartbeat; ``name`` says in the error where it came from."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    # No thread can wait for longer than TIMEOUT_MAX, some centuries.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= threading.TIMEOUT_MAX:
         raise ImproperlyConfigured(
             f"{name} must be a number of seconds above 0, or None for no heartbeats, not {value!r}."
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Event", "decode_payload", "encode_payload", "text_of"]
+__all__ = ["Event", "decode_payload", "encode_payload", "require_utf8", "text_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Event:
 
     def __post_init__(self) -> None:
         _require_one_line("event name", self.name)
-        _require_utf8("data", self.data)
+        require_utf8("data", self.data)
         if self.id is not None:
             _require_one_line("event id", self.id)
             if "\0" in self.id:
@@ -139,10 +139,11 @@ def _decode(argument: str, value: bytes, encoding: str) -> str:
 def _require_one_line(argument: str, value: str) -> None:
     if "\n" in value or "\r" in value:
         raise ValueError(f"{argument} must not contain a line end: {value!r}")
-    _require_utf8(argument, value)
+    require_utf8(argument, value)
 
 
-def _require_utf8(argument: str, value: str) -> None:
+def require_utf8(argument: str, value: str) -> None:
+    """Raise ``ValueError``, naming ``argument``, if UTF-8 cannot carry ``value``."""
     try:
         value.encode()
     except UnicodeEncodeError as error:

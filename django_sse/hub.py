@@ -74,7 +74,7 @@ class Subscription:
 class Outcome:
     """What follows from one published event."""
 
-    #: Subscriptions that had nothing to take before, and now have an event or their end.
+    #: Subscriptions that had nothing to take before, and now have an event.
     wake: list[Subscription] = field(default_factory=list)
     #: Subscriptions that are filling up although their client was not slow until now.
     crowded: list[Subscription] = field(default_factory=list)
@@ -134,10 +134,6 @@ class Hub:
                 outcome.overflowed.append(subscription)
             outcome.idle += self.remove(subscription)
         return outcome
-
-    def has_listeners(self, channel: str) -> bool:
-        """Whether anybody in this process listens to ``channel``."""
-        return channel in self._channels
 
     @property
     def channels(self) -> list[str]:

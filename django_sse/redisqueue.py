@@ -94,9 +94,12 @@ def _make_pool(kwargs: Mapping[str, Any]) -> redis.ConnectionPool:
         **kwargs.get("options", {}),
     }
     if "://" in location:
-        # What the URL says counts; what it leaves open, the other keys fill in.
-        return redis.ConnectionPool.from_url(location, **options)
-    if location.startswith("unix:"):
+        try:
+            # What the URL says counts; what it leaves open, the other keys fill in.
+            return redis.ConnectionPool.from_url(location, **options)
+        except ValueError as error:
+            raise _bad_location(location) from error
+    if location.startswith("unix:/"):
         return redis.ConnectionPool(
             connection_class=redis.UnixDomainSocketConnection, path=location.removeprefix("unix:"), **options
         )
@@ -126,9 +129,10 @@ def _location(kwargs: Mapping[str, Any]) -> str:
 def _host_and_port(location: str) -> tuple[str, int]:
     host, separator, port = location.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
-    if not separator or not host or (":" in host and not bracketed) or not (port.isascii() and port.isdigit()):
+    number = int(port) if port.isascii() and port.isdigit() else -1
+    if not separator or not host or (":" in host and not bracketed) or not 0 < number < 65536:
         raise _bad_location(location)
-    return host.strip("[]"), int(port)
+    return host.strip("[]"), number
 
 
 def _bad_location(location: object) -> ImproperlyConfigured:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import sse
@@ -75,6 +76,10 @@ class Source:
             frames.append(chunk.encode() if isinstance(chunk, str) else chunk)
         return self.out(frames[0] if len(frames) == 1 else b"".join(frames))
 
+    def discard(self) -> None:
+        """Close an iterator that nobody has begun."""
+        getattr(self.iterator, "close", _nothing)()
+
 
 def flush_sse(buffer: sse.Sse) -> Iterable[Chunk]:
     """Return what ``buffer`` holds, emptying it: one chunk, or as many as a subclass's own ``__iter__`` makes."""
@@ -97,41 +102,42 @@ class _Here:
         self._chunks: Iterator[Chunk] = iter(source.first)
         self._steps: Iterator[object] | None = None
         self._over = False
+        self._closed = False
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
 
     def __next__(self) -> Chunk:
-        while True:
+        while not self._closed:
             for chunk in self._chunks:
                 if chunk:
                     return self._source.out(chunk)
             if self._over:
-                raise StopIteration
-            if self._steps is None:
-                self._steps = iter(self._source.iterator)  # type: ignore[arg-type]
-            value: object = None
-            try:
-                value = next(self._steps)
-            except StopIteration:
-                self._over = True
-            except BrokerUnavailable:
-                if not self._source.quiet:
-                    raise
-                self._over = True
-            self._chunks = iter(self._source.flush(value))
+                break
+            self._chunks = iter(self._source.flush(self._step()))
+        if self._closed:
+            self.close()  # by another thread, which could not do so in the middle of a step
+        raise StopIteration
+
+    def _step(self) -> object:
+        if self._steps is None:
+            self._steps = iter(self._source.iterator)  # type: ignore[arg-type]
+        try:
+            return next(self._steps)
+        except (StopIteration, GeneratorExit):  # the latter where a mailbox was closed under its reader
+            self._over = True
+        except BrokerUnavailable:
+            if not self._source.quiet:
+                raise
+            self._over = True
+        return None
 
     def close(self) -> None:
-        self._over = True
-        self._chunks = iter(())
-        close = getattr(self._steps, "close", None)
-        if close is not None:
-            # Another thread is in the middle of a step? Then it sees the end afterwards.
-            try:
-                close()
-            except ValueError:
-                if not inspect.isgenerator(self._steps) or not self._steps.gi_running:
-                    raise
+        self._closed = True
+        if self._steps is None:
+            self._source.discard()
+        elif not (inspect.isgenerator(self._steps) and self._steps.gi_running):
+            getattr(self._steps, "close", _nothing)()
 
 
 class _Await:
@@ -142,36 +148,46 @@ class _Await:
         self._chunks: Iterator[Chunk] = iter(source.first)
         self._steps: AsyncIterator[object] | None = None
         self._over = False
+        self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
         return self
 
     async def __anext__(self) -> Chunk:
-        while True:
+        while not self._closed:
             for chunk in self._chunks:
                 if chunk:
                     return self._source.out(chunk)
             if self._over:
-                raise StopAsyncIteration
-            if self._steps is None:
-                self._loop = asyncio.get_running_loop()
-                self._steps = aiter(self._source.iterator)  # type: ignore[arg-type]
-            value: object = None
-            try:
-                value = await anext(self._steps)
-            except StopAsyncIteration:
-                self._over = True
-            except BrokerUnavailable:
-                if not self._source.quiet:
-                    raise
-                self._over = True
-            self._chunks = iter(self._source.flush(value))
+                break
+            self._chunks = iter(self._source.flush(await self._step()))
+        if self._closed:
+            await self.aclose()
+        raise StopAsyncIteration
+
+    async def _step(self) -> object:
+        if self._steps is None:
+            self._loop = asyncio.get_running_loop()
+            self._steps = aiter(self._source.iterator)  # type: ignore[arg-type]
+        try:
+            return await anext(self._steps)
+        except StopAsyncIteration:
+            self._over = True
+        except BrokerUnavailable:
+            if not self._source.quiet:
+                raise
+            self._over = True
+        except TypeError as error:
+            raise _hidden_from_django(error) from error
+        return None
 
     def close(self) -> None:
-        self._over = True
+        self._closed = True
         loop = self._loop
-        if loop is not None and not loop.is_closed():
+        if loop is None:
+            self._source.discard()
+        elif not loop.is_closed():
             loop.call_soon_threadsafe(self._close_soon, loop)
 
     def _close_soon(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -180,16 +196,10 @@ class _Await:
         task.add_done_callback(_closing.discard)
 
     async def aclose(self) -> None:
-        self._over = True
-        aclose = getattr(self._steps, "aclose", None)
-        if aclose is None:
-            return
-        try:
-            await aclose()
-        except RuntimeError:
-            # Cancelled in the middle of a step, it is unwinding already.
-            if not getattr(self._steps, "ag_running", False):
-                raise
+        self._closed = True
+        # In the middle of a step? Then it is unwinding, or is closed when the step is over.
+        if not getattr(self._steps, "ag_running", False):
+            await getattr(self._steps, "aclose", _anothing)()
 
 
 #: Tasks that run a user's ``finally``: the loop itself keeps no reference to them.
@@ -209,7 +219,10 @@ class _InThread:
         return self
 
     async def __anext__(self) -> Chunk:
-        chunk = await self._worker.run(lambda: next(self._inner, DONE))
+        try:
+            chunk = await self._worker.run(partial(next, self._inner, DONE))
+        except TypeError as error:
+            raise _hidden_from_django(error) from error
         if chunk is DONE:
             raise StopAsyncIteration
         return chunk  # type: ignore[return-value]
@@ -291,6 +304,19 @@ class _AwaitMail:
         self._inbox.mailbox.close()
 
 
+def _nothing() -> None:
+    """Stand in for the ``close()`` that an iterator does not have."""
+
+
+async def _anothing() -> None:
+    """Stand in for the ``aclose()`` that an iterator does not have."""
+
+
+def _hidden_from_django(error: TypeError) -> RuntimeError:
+    # Under ASGI, Django takes a TypeError for the news that the iterator is not async, and starts it over, warning.
+    return RuntimeError(f"The iterator of a stream raised TypeError: {error}")
+
+
 def _mailbox_of(source: Source) -> Mailbox:
     assert source.mailbox is not None, "a source without an iterator has a mailbox"
     return source.mailbox
@@ -350,5 +376,7 @@ class Stream:
         """End the stream: give the mailboxes back, run the iterator's ``finally``. By any thread, at any time."""
         # The mailboxes first: their end is what a thread that waits for one can see.
         self._source.mailboxes.close()
-        if self._driver is not None:
+        if self._driver is None:
+            self._source.discard()
+        else:
             self._driver.close()

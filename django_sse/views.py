@@ -5,9 +5,10 @@ The view decides, in Django's own way (URLs, middleware, permissions); the strea
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
@@ -83,9 +84,10 @@ class BaseSseView(View):
         if request.method == "HEAD":
             stream = _nothing(request)
         else:
-            self._open()
-            chunks = self._iterator()
-            stream = chunks if isinstance(chunks, Stream) else self._wrap(chunks)
+            with self._given_back_on_error():
+                self._open()
+                chunks = self._iterator()
+                stream = chunks if isinstance(chunks, Stream) else self._wrap(chunks)
         response = StreamingHttpResponse(stream.for_server(), content_type="text/event-stream")
         # no-transform keeps compressing proxies from holding events back, and X-Accel-Buffering does so for nginx.
         response["Cache-Control"] = "no-cache, no-transform"
@@ -118,18 +120,27 @@ class BaseSseView(View):
 
     def _iterator(self) -> Iterable[Any] | AsyncIterable[Any]:
         """Return the chunks of the stream, as text, in the way that suits the request: what an own response streams."""
-        self._open()
-        iterator: Any = self.iterator()
-        if inspect.iscoroutine(iterator):
-            iterator = _unwrap(iterator)
-        if not hasattr(self, "sse"):  # an instance that dispatch() has not seen
-            self.sse = self._buffer()
-        return self._stream(iterator)
+        with self._given_back_on_error():
+            self._open()
+            iterator: Any = self.iterator()
+            if inspect.iscoroutine(iterator):
+                iterator = _Returned(iterator)
+            if not hasattr(self, "sse"):  # an instance that dispatch() has not seen
+                self.sse = self._buffer()
+            return self._stream(iterator)
 
     @functools.cached_property
     def _mailboxes(self) -> Mailboxes:
         """What is subscribed to for this request, and ends with its stream."""
         return Mailboxes()
+
+    @contextlib.contextmanager
+    def _given_back_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._mailboxes.close()
+            raise
 
     def _open(self) -> None:
         """Get ready before any header is sent. May be called again, and does nothing then."""
@@ -199,16 +210,35 @@ class _NoSteps:
         raise StopAsyncIteration
 
 
-async def _unwrap(coroutine: Any) -> Any:
-    """Iterate over what an ``async def iterator()`` without a ``yield`` returns."""
-    steps = await coroutine
+class _Returned:
+    """The steps of what an ``async def iterator()`` without a ``yield`` returns."""
+
+    def __init__(self, coroutine: Any) -> None:
+        self._coroutine = coroutine
+        self._steps: Any = None
+
+    def __aiter__(self) -> _Returned:
+        return self
+
+    async def __anext__(self) -> object:
+        if self._steps is None:
+            self._steps = _async_steps(await self._coroutine)
+        return await anext(self._steps)
+
+    async def aclose(self) -> None:
+        if self._steps is not None:
+            await self._steps.aclose()
+
+    def close(self) -> None:
+        self._coroutine.close()
+
+
+async def _async_steps(steps: Any) -> AsyncIterator[object]:
     if hasattr(steps, "__aiter__"):
         async for step in steps:
             yield step
     elif hasattr(steps, "__next__"):
-        raise TypeError(
-            "async def iterator() must yield, or return an async iterable or a list: a generator would block the loop"
-        )
+        raise TypeError("async def iterator() must yield, or return an async iterable or a list: others would block")
     else:
         for step in steps:
             yield step

@@ -12,7 +12,7 @@ from typing import Any
 
 import sse
 
-from .event import Event
+from .event import Event, require_utf8
 
 __all__ = ["Sse", "comment", "encode", "retry"]
 
@@ -93,8 +93,8 @@ def _message(event: Event) -> str:
 
 
 def _comment(text: str) -> str:
-    lines = _LINE_END.split(Event("", text).data)
-    return "".join(f": {line}\n" if line else ":\n" for line in lines) + "\n"
+    require_utf8("text", text)
+    return "".join(f": {line}\n" if line else ":\n" for line in _LINE_END.split(text)) + "\n"
 
 
 def _retry(milliseconds: object) -> str:

@@ -108,16 +108,24 @@ class Worker:
     def _work(self) -> None:
         self._inside.yes = True
         try:
-            while (call := self._calls.get()) is not None:
-                function, loop, future = call
-                # Stopped since it was asked? It is answered all the same: a task may be waiting.
-                _answer((lambda: DONE) if self._stopped else function, loop, future)
+            while self._work_once():
+                pass
             self._close()
         except Exception:
             log.exception("The iterator of a stream failed while it was closed")
         finally:
             self._workers.at_exit()
             self._workers.dismiss(self)
+
+    def _work_once(self) -> bool:
+        # A function of its own, for a thread that waits must not hold the last call, and with it the stream.
+        call = self._calls.get()
+        if call is None:
+            return False
+        function, loop, future = call
+        # Stopped since it was asked? It is answered all the same: a task may be waiting.
+        _answer((lambda: DONE) if self._stopped else function, loop, future)
+        return True
 
 
 Call = tuple[Callable[[], object], asyncio.AbstractEventLoop, "asyncio.Future[object]"]

@@ -28,10 +28,10 @@ def table():
     starts = [0, columns[0] + 2, columns[0] + columns[1] + 4]
     rows, last = {}, None
     for line in lines[rules[1] + 1 : rules[2]]:
-        cells = [line[start : start + width].strip() for start, width in zip(starts, columns)]
+        cells = [line[start : start + width].strip() for start, width in zip(starts, columns, strict=True)]
         last = cells[0] or last
         row = rows.setdefault(last, ("", ""))
-        rows[last] = tuple(f"{known}, {cell}" for known, cell in zip(row, cells[1:]))
+        rows[last] = tuple(f"{known}, {cell}" for known, cell in zip(row, cells[1:], strict=True))
     return {
         module: tuple({item.strip() for item in cell.split(",")} - {""} for cell in cells)
         for module, cells in rows.items()
@@ -46,7 +46,8 @@ def imports(module):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(part for part in ("django_sse", package, node.module) if part) if node.level else node.module
+            here = ("django_sse", package) if node.level else ()
+            base = ".".join(part for part in (*here, node.module) if part)
             names = [f"{base}.{alias.name}" for alias in node.names] if base == "django_sse" else [base]
         else:
             continue
@@ -87,8 +88,8 @@ def test_imports_make_no_cycle():
 @pytest.mark.parametrize("module", TREES)
 def test_nothing_is_imported_inside_a_function(module):
     functions = (node for node in ast.walk(TREES[module]) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
-    inner = [node.lineno for function in functions for node in ast.walk(function) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    assert inner == []
+    inside = (node for function in functions for node in ast.walk(function))
+    assert [node.lineno for node in inside if isinstance(node, (ast.Import, ast.ImportFrom))] == []
 
 
 @pytest.mark.parametrize("module", TREES)

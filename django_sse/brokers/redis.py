@@ -318,6 +318,8 @@ class _Reader:
                 continue
             if message is None:
                 continue
+            if not isinstance(message, dict):  # a mock instead of a client would keep this loop busy for ever
+                raise TypeError(f"get_message() returned {type(message).__name__}, not a message")
             if message["type"] == "message":
                 batch.append((_text(message["channel"]), message["data"]))
             elif message["type"] == "subscribe":
