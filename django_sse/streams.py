@@ -227,6 +227,10 @@ class _InThread:
             raise StopAsyncIteration
         return chunk  # type: ignore[return-value]
 
+    def leave(self) -> None:
+        """Leave the source to another driver."""
+        self._worker.leave()
+
     def close(self) -> None:
         self._worker.stop()
 
@@ -360,7 +364,7 @@ class Stream:
             # Django asks for a plain iterator first, and would then collect an endless stream before it sends a byte.
             raise TypeError("this stream belongs to an ASGI request: iterate it with 'async for'")
         if self._on_loop and self._driver is not None:
-            self._driver.close()  # hired in vain: this thread does the work
+            self._driver.leave()  # hired in vain: this thread does the work
             self._driver = None
         return self._drive(on_loop=False)  # type: ignore[no-any-return]
 

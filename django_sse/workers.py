@@ -105,6 +105,11 @@ class Worker:
                 self._close()
                 self._workers.dismiss(self)
 
+    def leave(self) -> None:
+        """End without closing the iterator: another thread has taken it over before the first call."""
+        self._close = _nothing
+        self.stop()
+
     def _work(self) -> None:
         self._inside.yes = True
         try:
@@ -126,6 +131,10 @@ class Worker:
         # Stopped since it was asked? It is answered all the same: a task may be waiting.
         _answer((lambda: DONE) if self._stopped else function, loop, future)
         return True
+
+
+def _nothing() -> None:
+    """Stand in for the closing of an iterator that is another's."""
 
 
 Call = tuple[Callable[[], object], asyncio.AbstractEventLoop, "asyncio.Future[object]"]

@@ -241,7 +241,7 @@ class _Reader:
         pubsub = None
         self._hurry = False
         try:
-            pubsub = _undecoded(self._broker.connect()).pubsub()  # type: ignore[no-untyped-call]
+            pubsub = _client_of_its_own(self._broker.connect()).pubsub()  # type: ignore[no-untyped-call]
             self._serve(pubsub)
             return True
         # Supervision: whatever went wrong with this connection, the next one may do.
@@ -361,12 +361,17 @@ class _Reader:
                 pass
 
 
-def _undecoded(client: redis.Redis) -> redis.Redis:
-    """Return ``client``, or one like it that leaves payloads as they are: it is not its part to refuse one."""
+def _client_of_its_own(client: redis.Redis) -> redis.Redis:
+    """Return a client like ``client`` for the reader alone, whatever the program wants of its own.
+
+    Its payloads stay bytes, for it is not its part to refuse one that is no text. Its reads end: redis-py 5 waits for
+    the rest of a message for as long as the socket lets it. And it takes no connection from the program's pool.
+    """
     pool = getattr(client, "connection_pool", None)
-    if type(pool) is not redis.ConnectionPool or not pool.connection_kwargs.get("decode_responses"):
+    if type(pool) is not redis.ConnectionPool:  # Sentinel's, say, which knows itself where to connect
         return client
     kwargs = {**pool.connection_kwargs, "decode_responses": False}
+    kwargs["socket_timeout"] = kwargs.get("socket_timeout") or MESSAGE_TIMEOUT
     return redis.Redis(connection_pool=redis.ConnectionPool(pool.connection_class, **kwargs))
 
 

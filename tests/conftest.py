@@ -1,0 +1,67 @@
+"""Fixtures that start real servers on first use, and the order in which everything is stopped again."""
+
+import signal
+from contextlib import ExitStack
+
+import pytest
+from django.test import override_settings
+
+from tests.helpers import servers
+from tests.helpers.process import RUNNING
+from tests.helpers.redis import RedisServer
+
+LOG_SHOWN = 6000  # characters of each server's log shown with a failed test
+LOGS_BEFORE = pytest.StashKey()
+
+
+def pytest_sessionstart(session):
+    # A run that is terminated (a time limit in CI) unwinds as on Ctrl-C, so that no server outlives it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    item.stash[LOGS_BEFORE] = {process.pid: len(process.log()) for process in RUNNING}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Show with a failed test what the servers have written since it began."""
+    report = yield
+    if report.failed:
+        before = item.stash.get(LOGS_BEFORE, {})
+        for process in RUNNING:
+            if log := process.log()[before.get(process.pid, 0) :]:
+                report.sections.append((f"log of {process.name} (pid {process.pid})", log[-LOG_SHOWN:]))
+    return report
+
+
+@pytest.fixture(scope="session")
+def redis_server():
+    """A private Redis for the whole session, empty at the start of each test."""
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _empty_redis(request):
+    if "redis_server" in request.fixturenames:
+        server = request.getfixturevalue("redis_server")
+        if not server.running:  # a test that failed in the middle of an outage
+            server.start()
+        server.client().flushall()
+
+
+@pytest.fixture
+def redis_settings(redis_server):
+    """The settings of this process name the private Redis while the test runs."""
+    connection = {"location": redis_server.location}
+    with override_settings(REDIS_SSEQUEUE_CONNECTION_SETTINGS=connection):
+        yield connection
+
+
+@pytest.fixture
+def serve():
+    """`tests.helpers.servers.serve`, whose servers are stopped when the test is over."""
+    with ExitStack() as stack:
+        yield lambda name, **options: stack.enter_context(servers.serve(name, **options))

@@ -1,0 +1,1 @@
+"""What the tests share. Nothing is imported here: server processes run modules of this folder before gevent patches."""
