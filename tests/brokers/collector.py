@@ -31,5 +31,6 @@ class Collector:
 
 
 def our_threads():
-    """The threads of the package that are alive."""
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("django-sse")]
+    """The threads of the package that have an end: all but the one whose loop is shared by all streams of a process."""
+    names = [thread.name for thread in threading.enumerate() if thread.name.startswith("django-sse")]
+    return [name for name in names if name != "django-sse-loop"]
