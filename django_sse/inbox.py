@@ -38,14 +38,14 @@ class Mailboxes:
 
     def add(self, mailbox: Mailbox) -> None:
         """Let ``mailbox`` end with the stream: at once, if that has ended."""
-        self._opened.append(mailbox)
+        self._opened = [opened for opened in self._opened if opened.ended is None] + [mailbox]
         if self._closed:
             mailbox.close()
 
     def close(self) -> None:
         """End them all, and those that come later."""
         self._closed = True
-        for mailbox in self._opened[:]:
+        for mailbox in self._opened:
             mailbox.close()
 
 

@@ -7,7 +7,7 @@ is never more than one step ahead of the client, and may be closed by any thread
 from __future__ import annotations
 
 import asyncio
-import inspect
+import contextlib
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -136,8 +136,13 @@ class _Here:
         self._closed = True
         if self._steps is None:
             self._source.discard()
-        elif not (inspect.isgenerator(self._steps) and self._steps.gi_running):
+            return
+        try:
             getattr(self._steps, "close", _nothing)()
+        except ValueError as error:
+            # Python's own refusal. It is in the middle of a step, by another thread, which closes it when that is over.
+            if str(error) != "generator already executing":
+                raise
 
 
 class _Await:
@@ -187,8 +192,9 @@ class _Await:
         loop = self._loop
         if loop is None:
             self._source.discard()
-        elif not loop.is_closed():
-            loop.call_soon_threadsafe(self._close_soon, loop)
+        else:
+            with contextlib.suppress(RuntimeError):  # a loop that is closed has ended its tasks
+                loop.call_soon_threadsafe(self._close_soon, loop)
 
     def _close_soon(self, loop: asyncio.AbstractEventLoop) -> None:
         task = loop.create_task(self.aclose())

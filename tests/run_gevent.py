@@ -13,7 +13,15 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 
 HERE = Path(__file__).parent
-TESTS = ["test_hub.py", "test_streams.py", "test_runtime.py", "test_redisqueue.py", "brokers"]
+TESTS = [
+    "test_hub.py",
+    "test_inbox.py",
+    "test_streams.py",
+    "test_runtime.py",
+    "test_views.py",
+    "test_redisqueue.py",
+    "brokers",
+]
 
 if __name__ == "__main__":
     sys.exit(pytest.main([*(str(HERE / name) for name in TESTS), *sys.argv[1:]]))

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 
+import fakeredis
 import pytest
 import redis
 
@@ -905,7 +906,6 @@ def test_a_connection_that_cannot_be_closed_does_not_end_the_reader(make_broker_
 
 
 def test_fakeredis_works(make_broker_of):
-    fakeredis = pytest.importorskip("fakeredis", reason="fakeredis: pip install fakeredis")
     server = fakeredis.FakeServer()
     broker = make_broker_of(lambda: fakeredis.FakeRedis(server=server))
     for text in ("first", "second"):

@@ -1,0 +1,548 @@
+"""BaseSseView beyond the interface of 0.4.1 (tests/compat): its attributes, its refusals, its async side."""
+
+import asyncio
+import gc
+import threading
+
+import pytest
+from django.core.exceptions import ImproperlyConfigured
+from django.core.signals import request_finished
+from django.db import close_old_connections
+from django.http import HttpResponse, HttpResponseForbidden, StreamingHttpResponse
+from django.test import AsyncClient, AsyncRequestFactory, RequestFactory, override_settings
+from django.urls import path
+
+from django_sse import redisqueue, views
+from django_sse.redisqueue import RedisQueueView, send_event
+from django_sse.views import BaseSseView
+from django_sse.wire import Sse
+from tests.helpers.loops import needs_loops, soon
+from tests.helpers.wait import until
+
+MEMORY = {"location": "memory:"}
+
+
+class Endless(BaseSseView):
+    """A sync generator that waits between its events for the test to go on."""
+
+    go_on = threading.Event()
+    ended = threading.Event()
+
+    def iterator(self):
+        try:
+            self.sse.add_message("", "first")
+            yield
+            while True:
+                self.go_on.wait(0.01)
+                self.sse.add_message("", "next")
+                yield
+        finally:
+            self.ended.set()
+
+
+class AsyncEndless(BaseSseView):
+    ended = threading.Event()
+
+    async def iterator(self):
+        try:
+            while True:
+                self.sse.add_message("", "next")
+                yield
+                await asyncio.sleep(0.01)
+        finally:
+            self.ended.set()
+
+
+class Finite(BaseSseView):
+    def iterator(self):
+        self.sse.add_message("", "only")
+        yield
+
+
+class Wholesale(BaseSseView):
+    """A dispatch() of old that knows nothing of the package's Stream."""
+
+    ended = threading.Event()
+
+    def dispatch(self, request, *args, **kwargs):
+        return StreamingHttpResponse(self.chunks(), content_type="text/event-stream")
+
+    def chunks(self):
+        try:
+            while True:
+                yield "data: é\n\n"
+        finally:
+            self.ended.set()
+
+
+class AsyncWholesale(Wholesale):
+    async def chunks(self):
+        try:
+            while True:
+                yield "data: é\n\n"
+                await asyncio.sleep(0)
+        finally:
+            self.ended.set()
+
+
+class Forbidden(BaseSseView):
+    def dispatch(self, request, *args, **kwargs):
+        return HttpResponseForbidden("no")
+
+
+class AsyncSource:
+    async def __aiter__(self):
+        for step in "ab":
+            yield step
+
+
+class Returning(BaseSseView):
+    """`async def iterator()` that returns its steps."""
+
+    make = None
+
+    async def iterator(self):
+        await asyncio.sleep(0)
+        self.sse.add_message("", "filled")
+        return self.make()
+
+
+def generator():
+    yield
+
+
+RETURNED = {
+    "list": lambda: ["a", "b"],
+    "dict": lambda: {"a": 1},
+    "async-iterable": AsyncSource,
+    "async-generator": lambda: AsyncSource().__aiter__(),
+}
+
+urlpatterns = [
+    path("endless", Endless.as_view()),
+    path("async-endless", AsyncEndless.as_view()),
+    path("finite", Finite.as_view()),
+    path("wholesale", Wholesale.as_view()),
+    path("async-wholesale", AsyncWholesale.as_view()),
+    path("forbidden", Forbidden.as_view()),
+    path("queue", RedisQueueView.as_view(redis_channel="room")),
+    path("generator", Returning.as_view(make=lambda: generator())),
+    *(path(name, Returning.as_view(make=make)) for name, make in RETURNED.items()),
+]
+
+pytestmark = pytest.mark.urls(__name__)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    for view in (Endless, AsyncEndless, Wholesale, AsyncWholesale):
+        view.ended.clear()
+    # As Django's test client does: the end of a response must not touch the database of the tests.
+    request_finished.disconnect(close_old_connections)
+    with override_settings(REDIS_SSEQUEUE_CONNECTION_SETTINGS=MEMORY):
+        yield
+    request_finished.connect(close_old_connections)
+
+
+@pytest.fixture
+def get():
+    """A function that asks a view as a WSGI server does; the responses are closed at the end."""
+    responses = []
+
+    def get(view, method="GET", **kwargs):
+        responses.append(view(RequestFactory().generic(method, "/"), **kwargs))
+        return responses[-1]
+
+    yield get
+    for response in responses:
+        response.close()
+
+
+def asynchronously(test):
+    """Run `test(client)` on a loop, with Django's client for ASGI."""
+
+    async def main():
+        return await asyncio.wait_for(test(AsyncClient()), 20)
+
+    try:
+        return asyncio.run(main())
+    finally:
+        request_finished.disconnect(close_old_connections)  # the client has connected it again
+
+
+async def first_chunks(response, count):
+    chunks = aiter(response)
+    return [await anext(chunks) for _ in range(count)]
+
+
+# --- attributes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "attribute", "argument", "expected"),
+    [
+        ({}, None, {}, b"retry: 2000\n\n"),
+        ({"RETRY": 5}, None, {}, b"retry: 5\n\n"),
+        ({"RETRY": 5}, 7, {}, b"retry: 7\n\n"),
+        ({"RETRY": 5}, 7, {"retry": 9}, b"retry: 9\n\n"),
+        ({}, 0, {}, b"retry: 0\n\n"),
+    ],
+)
+def test_retry_comes_from_the_settings_the_class_or_as_view(get, setting, attribute, argument, expected):
+    view = type("View", (Finite,), {"retry": attribute})
+    with override_settings(DJANGO_SSE=setting):
+        assert next(iter(get(view.as_view(**argument)))) == expected
+
+
+@pytest.mark.parametrize("retry", [-1, "soon", 1.5, True])
+def test_a_retry_that_is_no_number_of_milliseconds_is_refused(get, retry):
+    with pytest.raises(ValueError, match="retry"):
+        get(Finite.as_view(retry=retry))
+
+
+@pytest.mark.parametrize("source", ["setting", "attribute", "argument"])
+def test_heartbeats_come_from_the_settings_the_class_or_as_view(get, source):
+    setting = {"HEARTBEAT": 0.01} if source == "setting" else {"HEARTBEAT": 3600}
+    view = type("View", (RedisQueueView,), {"heartbeat": 0.01} if source == "attribute" else {})
+    with override_settings(DJANGO_SSE=setting):
+        response = get(view.as_view(**({"heartbeat": 0.01} if source == "argument" else {})))
+        chunks = iter(response)
+        assert [next(chunks) for _ in range(3)] == [b"retry: 2000\n\n", b":\n\n", b":\n\n"]
+
+
+@pytest.mark.parametrize("heartbeat", [0, -1, "15", True])
+def test_a_heartbeat_that_is_no_number_of_seconds_is_refused_by_name(get, heartbeat):
+    with pytest.raises(ImproperlyConfigured, match="RedisQueueView.heartbeat must be a number of seconds"):
+        get(RedisQueueView.as_view(heartbeat=heartbeat))
+
+
+def test_no_heartbeat_is_sent_where_it_is_none(get):
+    response = get(RedisQueueView.as_view(heartbeat=None))
+    chunks, got = iter(response), []
+    reader = threading.Thread(target=lambda: got.extend(next(chunks) for _ in range(2)), daemon=True)
+    reader.start()
+    until(lambda: len(got) == 1, what="the retry")
+    send_event("", "event")
+    reader.join(10)
+    assert got == [b"retry: 2000\n\n", b"event: \ndata: event\n\n"]
+
+
+def test_the_view_function_knows_its_class_and_stays_exempt_from_csrf():
+    view = Finite.as_view(retry=1)
+    assert view.view_class is Finite
+    assert view.view_initkwargs == {"retry": 1}
+    assert view.csrf_exempt
+
+
+def test_as_view_refuses_what_the_class_does_not_know():
+    with pytest.raises(TypeError, match="colour"):
+        Finite.as_view(colour="red")
+
+
+def test_a_view_without_an_iterator_says_so(get):
+    with pytest.raises(NotImplementedError, match="BaseSseView must define iterator"):
+        get(BaseSseView.as_view())
+
+
+def test_a_method_that_a_subclass_leaves_out_is_answered_with_those_it_takes(get):
+    response = get(Finite.as_view(http_method_names=["get", "post"]), "PUT")
+    assert response.status_code == 405
+    assert response["Allow"] == "GET, POST"
+    assert get(Finite.as_view(http_method_names=["get", "post"]), "POST").status_code == 200
+    assert get(Finite.as_view(http_method_names=["get"]), "HEAD").status_code == 200
+
+
+def test_other_responses_pass_as_they_are(get):
+    assert get(Forbidden.as_view()).status_code == 403
+    assert get(Forbidden.as_view(), "HEAD").content == b"no"
+
+
+# --- HEAD -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("view", [Endless, AsyncEndless, Wholesale, AsyncWholesale, RedisQueueView])
+def test_head_is_an_empty_stream_for_a_thread(get, view):
+    response = get(view.as_view(), "HEAD")
+    assert response.status_code == 200
+    assert response["Content-Type"].startswith("text/event-stream")
+    assert list(response) == []
+
+
+@pytest.mark.parametrize("view", [Endless, AsyncEndless, Wholesale, AsyncWholesale, RedisQueueView])
+def test_head_is_an_empty_stream_for_a_loop(view):
+    async def main():
+        response = await asyncio.to_thread(view.as_view(), AsyncRequestFactory().head("/"))
+        assert (response.status_code, response.is_async) == (200, True)
+        chunks = [chunk async for chunk in response]
+        await asyncio.to_thread(response.close)
+        return chunks
+
+    assert asyncio.run(main()) == []
+
+
+def test_head_takes_no_thread_and_no_subscription():
+    before = len(views.workers._hired)
+
+    async def test(client):
+        for url in ("/endless", "/queue"):
+            await client.head(url)
+        return len(views.workers._hired)
+
+    assert asynchronously(test) == before
+    assert redisqueue._runtime().stats() == {"channels": 0, "subscriptions": 0}
+
+
+# --- on a loop ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("url", "view"), [("/endless", Endless), ("/async-endless", AsyncEndless)])
+def test_an_endless_iterator_streams_on_a_loop_and_ends_when_it_is_closed(url, view):
+    async def test(client):
+        response = await client.get(url)
+        chunks = await first_chunks(response, 3)
+        await asyncio.to_thread(response.close)
+        await soon(view.ended.is_set)
+        return chunks
+
+    first, *others = asynchronously(test)
+    assert first == b"retry: 2000\n\n"
+    assert all(chunk.startswith(b"event: \ndata: ") for chunk in others)
+
+
+@pytest.mark.parametrize(("url", "view"), [("/wholesale", Wholesale), ("/async-wholesale", AsyncWholesale)])
+def test_a_response_that_dispatch_built_itself_streams_on_a_loop(url, view):
+    async def test(client):
+        response = await client.get(url)
+        assert response.is_async
+        chunks = await first_chunks(response, 3)
+        await asyncio.to_thread(response.close)
+        return chunks
+
+    assert asynchronously(test) == ["data: é\n\n".encode()] * 3
+    gc.collect()
+    until(view.ended.is_set, what="the finally")
+
+
+@needs_loops
+def test_an_async_response_that_dispatch_built_itself_streams_in_a_thread(get):
+    chunks = iter(get(AsyncWholesale.as_view()))
+    assert [next(chunks) for _ in range(3)] == ["data: é\n\n".encode()] * 3
+
+
+@needs_loops
+@pytest.mark.parametrize("name", RETURNED)
+@pytest.mark.parametrize("on_loop", [True, False])
+def test_an_async_iterator_may_return_its_steps(get, name, on_loop):
+    async def test(client):
+        return b"".join([chunk async for chunk in await client.get(f"/{name}")])
+
+    body = asynchronously(test) if on_loop else b"".join(get(Returning.as_view(make=RETURNED[name])))
+    assert body == b"retry: 2000\n\nevent: \ndata: filled\n\n"
+
+
+@needs_loops
+def test_a_generator_that_an_async_iterator_returns_is_refused_with_what_to_do(get):
+    async def test(client):
+        chunks = aiter(await client.get("/generator"))
+        assert await anext(chunks) == b"retry: 2000\n\n"
+        await anext(chunks)
+
+    with pytest.raises(RuntimeError, match="TypeError: async def iterator.. must yield, or return"):
+        asynchronously(test)
+    chunks = iter(get(Returning.as_view(make=generator)))
+    assert next(chunks) == b"retry: 2000\n\n"
+    with pytest.raises(RuntimeError, match="TypeError: async def iterator.. must yield, or return"):
+        next(chunks)
+
+
+class Mistaken(BaseSseView):
+    def iterator(self):
+        yield
+        len(5)
+
+
+class AsyncMistaken(BaseSseView):
+    async def iterator(self):
+        yield
+        len(5)
+
+
+@pytest.mark.parametrize("view", [Mistaken, AsyncMistaken])
+def test_a_type_error_of_the_program_is_not_taken_by_django_for_its_own(view):
+    """Django would iterate once more, as if the stream were not async, and warn of that instead."""
+
+    async def main():
+        response = await asyncio.to_thread(view.as_view(), AsyncRequestFactory().get("/"))
+        chunks = aiter(response)
+        assert await anext(chunks) == b"retry: 2000\n\n"
+        try:
+            await anext(chunks)
+        finally:
+            await asyncio.to_thread(response.close)
+
+    with pytest.raises(RuntimeError, match="raised TypeError: object of type 'int' has no len") as caught:
+        asyncio.run(main())
+    assert isinstance(caught.value.__cause__, TypeError)
+
+
+class OwnBuffer(Sse):
+    """Decides itself what a flush gives."""
+
+    def __iter__(self):
+        yield "data: mine\n\n"
+
+
+class WithOwnBuffer(BaseSseView):
+    def iterator(self):
+        self.sse = OwnBuffer()
+        return [1, 2]
+
+
+def test_a_buffer_that_iterates_by_itself_is_asked_after_each_step_and_not_before(get):
+    chunks = iter(get(WithOwnBuffer.as_view()))
+    assert [next(chunks) for _ in range(2)] == [b"data: mine\n\n"] * 2
+
+
+class Failing(RedisQueueView):
+    def iterator(self):
+        raise ValueError("mine")
+
+
+def test_an_error_of_the_program_before_the_stream_gives_the_subscription_back(get):
+    with pytest.raises(ValueError, match="mine"):
+        get(Failing.as_view())
+    with pytest.raises(ImproperlyConfigured):
+        get(RedisQueueView.as_view(heartbeat=0))
+    assert redisqueue._runtime().stats() == {"channels": 0, "subscriptions": 0}
+
+
+@needs_loops
+@pytest.mark.parametrize("read", [0, 1])
+@pytest.mark.parametrize("on_loop", [True, False])
+def test_a_client_that_leaves_before_the_first_step_leaves_no_coroutine_behind(on_loop, read):
+    """Python would warn of one that was never awaited, and pytest would fail this test."""
+    view = Returning.as_view(make=list)
+
+    async def main():
+        response = await asyncio.to_thread(view, AsyncRequestFactory().get("/"))
+        chunks = aiter(response)
+        for _ in range(read):
+            await anext(chunks)
+        response.close()
+        await asyncio.sleep(0.01)
+
+    if on_loop:
+        asyncio.run(main())
+    else:
+        response = view(RequestFactory().get("/"))
+        chunks = iter(response)
+        for _ in range(read):
+            next(chunks)
+        response.close()
+    gc.collect()
+
+
+def test_a_queue_delivers_on_a_loop():
+    async def test(client):
+        response = await client.get("/queue")
+        chunks = aiter(response)
+        assert await anext(chunks) == b"retry: 2000\n\n"
+        await redisqueue.asend_event("news", {"a": 1}, "room")
+        event = await anext(chunks)
+        response.close()
+        return event
+
+    assert asynchronously(test) == b'event: news\ndata: {"a": 1}\n\n'
+    assert redisqueue._runtime().stats() == {"channels": 0, "subscriptions": 0}
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+@needs_loops
+@override_settings(DJANGO_SSE={"THREADS": 2})
+def test_one_stream_too_many_is_answered_with_503_and_when_to_come_again():
+    async def test(client):
+        kept = [await client.get("/endless") for _ in range(2)]
+        refused = await client.get("/endless")
+        assert refused.status_code == 503
+        assert refused["Retry-After"] == str(views.RETRY_AFTER)
+        assert refused["Content-Type"] == "text/plain; charset=utf-8"
+        assert 'DJANGO_SSE["THREADS"]' in refused.content.decode()
+        assert (await client.get("/wholesale")).status_code == 503
+        for url in ("/async-endless", "/queue"):
+            others = await client.get(url)
+            assert others.status_code == 200
+            await asyncio.to_thread(others.close)
+        for response in kept:
+            await first_chunks(response, 2)
+            await asyncio.to_thread(response.close)
+        await soon(lambda: not len(views.workers._hired))
+        again = await client.get("/endless")
+        assert again.status_code == 200
+        await asyncio.to_thread(again.close)
+
+    gc.collect()
+    until(lambda: not len(views.workers._hired), what="the streams of other tests to end")
+    asynchronously(test)
+
+
+class OwnLoop(RedisQueueView):
+    """Takes a thread and a subscription."""
+
+    def iterator(self):
+        for _ in super().iterator():
+            yield
+
+
+@override_settings(DJANGO_SSE={"THREADS": 1})
+def test_a_refused_stream_gives_its_subscription_back_at_once():
+    view = OwnLoop.as_view()
+
+    async def main():
+        first = await asyncio.to_thread(view, AsyncRequestFactory().get("/"))
+        refused = await asyncio.to_thread(view, AsyncRequestFactory().get("/"))
+        assert (first.status_code, refused.status_code) == (200, 503)
+        stats = redisqueue._runtime().stats()
+        await asyncio.to_thread(first.close)
+        return stats
+
+    gc.collect()
+    until(lambda: not len(views.workers._hired), what="the streams of other tests to end")
+    assert asyncio.run(main()) == {"channels": 1, "subscriptions": 1}
+
+
+def test_an_async_iterator_on_gevent_is_refused_with_what_to_do(get, monkeypatch):
+    monkeypatch.setattr(views, "on_gevent", lambda: True)
+    for view in (AsyncEndless, AsyncWholesale):
+        with pytest.raises(
+            ImproperlyConfigured, match="async iterator.. cannot run on a gevent server.*plain generator"
+        ):
+            get(view.as_view())
+    response = get(Finite.as_view())
+    assert b"data: only" in b"".join(response)
+    assert next(iter(get(RedisQueueView.as_view()))) == b"retry: 2000\n\n"
+
+
+def test_gevent_without_patched_threads_is_refused_with_what_to_do(get, monkeypatch):
+    monkeypatch.setattr(redisqueue, "on_unpatched_gevent", lambda: True)
+    with pytest.raises(ImproperlyConfigured, match="gevent.monkey.patch_all"):
+        get(RedisQueueView.as_view())
+
+
+@pytest.mark.parametrize(
+    ("sent", "seen"),
+    [("42", "42"), ("", ""), ("Ã©", "é"), ("é", "é"), ("日", "日"), (5, None)],
+)
+def test_the_last_event_id_is_read_as_browsers_send_it(sent, seen):
+    view = Finite()
+    view.request = RequestFactory().get("/", HTTP_LAST_EVENT_ID=sent)
+    assert view.get_last_id() == seen
+
+
+def test_a_plain_response_of_another_view_is_not_touched():
+    class Page(BaseSseView):
+        def dispatch(self, request, *args, **kwargs):
+            return HttpResponse("page")
+
+    assert Page.as_view()(RequestFactory().get("/")).content == b"page"

@@ -1,0 +1,418 @@
+"""Threads and loops of our own: a thread for each sync iterator under a loop, bounded, given back at every end."""
+
+import asyncio
+import contextvars
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import types
+from pathlib import Path
+
+import pytest
+
+from django_sse import workers as workers_module
+from django_sse.exceptions import SseError, TooManyStreams
+from django_sse.streams import Source, Stream
+from django_sse.workers import DONE, Worker, Workers, in_worker, on_gevent, on_unpatched_gevent, run_in_loop
+from tests.helpers.loops import soon
+from tests.helpers.wait import until
+
+pytestmark = pytest.mark.skipif(on_gevent(), reason="workers serve event loops, and a gevent process has none")
+
+
+@pytest.fixture
+def at_exit():
+    """The threads in which `at_exit` has run."""
+    return []
+
+
+@pytest.fixture
+def workers(at_exit):
+    return Workers(limit=lambda: 2, at_exit=lambda: at_exit.append(threading.get_ident()))
+
+
+@pytest.fixture(autouse=True)
+def _earlier_threads():
+    """Streams that other tests have just closed may still be ending."""
+    earlier.update(threading.enumerate())
+    yield
+    earlier.clear()
+
+
+earlier = set()
+
+
+def worker_threads():
+    """The threads that workers of this test have started and not ended."""
+    threads = set(threading.enumerate()) - earlier
+    return [thread.name for thread in threads if thread.name.startswith("django-sse-stream-")]
+
+
+def nothing():
+    pass
+
+
+# --- one worker -----------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_starts_its_thread_with_its_first_call_and_keeps_it(workers):
+    async def main():
+        worker = workers.hire(nothing)
+        assert worker_threads() == []
+        idents = [await worker.run(threading.get_ident) for _ in range(3)]
+        assert len(set(idents)) == 1
+        assert idents[0] != threading.get_ident()
+        (name,) = worker_threads()
+        assert name.startswith("django-sse-stream-")
+        worker.stop()
+        await soon(lambda: not worker_threads())
+
+    asyncio.run(main())
+
+
+def test_what_a_function_returns_or_raises_is_what_its_caller_gets(workers):
+    async def main():
+        worker = workers.hire(nothing)
+        assert await worker.run(lambda: "result") == "result"
+        with pytest.raises(ZeroDivisionError):
+            await worker.run(lambda: 1 / 0)
+        with pytest.raises(GeneratorExit):
+            await worker.run(raiser(GeneratorExit))
+        assert await worker.run(lambda: "still there") == "still there"
+        worker.stop()
+
+    asyncio.run(main())
+
+
+def raiser(error):
+    def fail():
+        raise error
+
+    return fail
+
+
+def test_the_thread_sees_the_context_of_its_hiring(workers):
+    variable = contextvars.ContextVar("variable")
+
+    async def main():
+        variable.set("hired")
+        worker = workers.hire(nothing)
+        variable.set("later")
+        assert await worker.run(variable.get) == "hired"
+        await worker.run(lambda: variable.set("own"))
+        assert await worker.run(variable.get) == "own"
+        assert variable.get() == "later"
+        worker.stop()
+
+    asyncio.run(main())
+
+
+def test_code_knows_whether_it_is_in_a_worker(workers):
+    async def main():
+        worker = workers.hire(nothing)
+        assert await worker.run(in_worker)
+        assert not in_worker()
+        worker.stop()
+
+    asyncio.run(main())
+
+
+def test_stopping_closes_in_the_same_thread_after_the_step_under_way(workers, at_exit):
+    order = []
+    entered, go_on = threading.Event(), threading.Event()
+
+    def step():
+        entered.set()
+        assert go_on.wait(10)
+        order.append(("step", threading.get_ident()))
+
+    async def main():
+        worker = workers.hire(lambda: order.append(("close", threading.get_ident())))
+        task = asyncio.create_task(worker.run(step))
+        await asyncio.to_thread(entered.wait, 10)
+        worker.stop()
+        worker.stop()
+        assert order == []
+        go_on.set()
+        await task
+        await soon(lambda: at_exit)
+
+    asyncio.run(main())
+    ident = order[0][1]
+    assert order == [("step", ident), ("close", ident)]
+    assert at_exit == [ident]
+
+
+def test_a_worker_that_was_never_used_closes_without_a_thread(workers, at_exit):
+    closed = []
+    worker = workers.hire(lambda: closed.append(threading.get_ident()))
+    worker.stop()
+    worker.stop()
+    assert closed == [threading.get_ident()]
+    assert at_exit == []
+    assert worker_threads() == []
+
+
+def test_a_stopped_worker_answers_that_it_is_done(workers):
+    async def main():
+        worker = workers.hire(nothing)
+        worker.stop()
+        assert await worker.run(lambda: "late") is DONE
+
+    asyncio.run(main())
+
+
+def test_a_call_that_comes_together_with_the_stop_is_answered(workers, monkeypatch):
+    """Another thread stops the worker after the call was made and before the thread has taken it."""
+    called = []
+
+    class LateThread(threading.Thread):
+        def start(self):
+            worker.stop()
+            super().start()
+
+    async def main():
+        return await asyncio.wait_for(worker.run(lambda: called.append(1)), 5)
+
+    worker = workers.hire(nothing)
+    monkeypatch.setattr(workers_module, "threading", types.SimpleNamespace(Thread=LateThread, local=threading.local))
+    assert asyncio.run(main()) is DONE
+    assert called == []
+
+
+def test_an_error_while_closing_is_logged_and_the_place_given_back(workers, at_exit, caplog):
+    async def main():
+        worker = workers.hire(raiser(ValueError("in finally")))
+        await worker.run(nothing)
+        worker.stop()
+        await soon(lambda: at_exit)
+        await soon(lambda: not worker_threads())
+
+    asyncio.run(main())
+    (record,) = caplog.records
+    assert "failed while it was closed" in record.getMessage()
+    assert "in finally" in str(record.exc_info[1])
+    assert len(workers._hired) == 0
+
+
+def test_the_answer_to_a_caller_that_has_left_is_dropped(workers):
+    entered, go_on = threading.Event(), threading.Event()
+
+    def step():
+        entered.set()
+        assert go_on.wait(10)
+        return "late"
+
+    async def main():
+        worker = workers.hire(nothing)
+        task = asyncio.create_task(worker.run(step))
+        await asyncio.to_thread(entered.wait, 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        go_on.set()
+        assert await worker.run(lambda: "next") == "next"
+        worker.stop()
+
+    asyncio.run(main())
+
+
+def test_the_end_of_the_loop_does_not_hold_up_the_thread(workers, at_exit):
+    entered, go_on, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def step():
+        entered.set()
+        assert go_on.wait(10)
+
+    async def main():
+        worker = workers.hire(closed.set)
+        kept.append(worker)
+        kept.append(asyncio.ensure_future(worker.run(step)))
+        await asyncio.to_thread(entered.wait, 10)
+
+    kept = []
+    asyncio.run(main())
+    go_on.set()
+    kept[0].stop()
+    assert closed.wait(10)
+    until(lambda: not worker_threads(), what="the end of the thread")
+
+
+# --- the bound ------------------------------------------------------------------------------------------------------
+
+
+def test_one_more_than_the_limit_is_refused_with_what_to_do(workers):
+    kept = [workers.hire(nothing) for _ in range(2)]
+    with pytest.raises(TooManyStreams, match=r'2 sync iterators .*DJANGO_SSE\["THREADS"\]') as caught:
+        workers.hire(nothing)
+    assert isinstance(caught.value, SseError)
+    assert len(kept) == 2
+
+
+def test_the_limit_is_asked_for_at_each_hiring():
+    limit = 1
+    workers = Workers(limit=lambda: limit, at_exit=nothing)
+    kept = [workers.hire(nothing)]
+    with pytest.raises(TooManyStreams):
+        workers.hire(nothing)
+    limit = 2
+    kept.append(workers.hire(nothing))
+
+
+def test_a_place_is_given_back_by_a_stopped_worker(workers):
+    for _ in range(5):
+        first, second = workers.hire(nothing), workers.hire(nothing)
+        first.stop()
+        second.stop()
+
+
+def test_a_place_is_given_back_by_a_worker_whose_thread_has_ended(workers):
+    async def main():
+        for _ in range(5):
+            pair = [workers.hire(nothing), workers.hire(nothing)]
+            for worker in pair:
+                await worker.run(nothing)
+                worker.stop()
+            await soon(lambda: not worker_threads())
+
+    asyncio.run(main())
+
+
+def test_a_place_is_given_back_by_a_worker_that_is_dropped(workers):
+    for _ in range(5):
+        pair = [workers.hire(nothing), workers.hire(nothing)]
+        del pair
+        gc.collect()
+
+
+def test_the_collector_may_drop_a_stream_while_another_is_hired(monkeypatch):
+    """A stream in a reference cycle is collected at any point, also where a lock is held."""
+    workers = Workers(limit=lambda: 5, at_exit=nothing)
+
+    class CollectingWorker(Worker):
+        def __init__(self, *arguments):
+            gc.collect()
+            super().__init__(*arguments)
+
+    cycle = [Stream(Source(iter(()), lambda value: ()), workers, on_loop=True)]
+    cycle.append(cycle)
+    del cycle
+    monkeypatch.setattr(workers_module, "Worker", CollectingWorker)
+    hired = []
+    thread = threading.Thread(target=lambda: hired.append(workers.hire(nothing)), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert hired, "the thread waits for a lock that it holds"
+    hired[0].stop()
+
+
+def test_a_refused_stream_leaves_nothing_to_complain_of():
+    """Nothing half-made is collected with an error: pytest would fail this test."""
+    workers = Workers(limit=lambda: 0, at_exit=nothing)
+    with pytest.raises(TooManyStreams):
+        Stream(Source(iter(()), lambda value: ()), workers, on_loop=True)
+    gc.collect()
+
+
+# --- the shared loop ------------------------------------------------------------------------------------------------
+
+
+async def where():
+    return threading.current_thread().name, id(asyncio.get_running_loop())
+
+
+def test_all_coroutines_of_a_process_run_in_one_loop():
+    (name, loop), other = run_in_loop(where()), []
+    thread = threading.Thread(target=lambda: other.append(run_in_loop(where())))
+    thread.start()
+    thread.join(10)
+    assert name == "django-sse-loop"
+    assert other == [(name, loop)]
+
+
+def test_what_a_coroutine_raises_is_what_its_caller_gets():
+    async def fail():
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        run_in_loop(fail())
+
+
+def test_a_fork_gets_workers_and_a_loop_of_its_own():
+    script = """
+        import asyncio, os, threading
+        from django_sse.workers import Workers, run_in_loop
+
+        async def where():
+            return threading.get_ident()
+
+        workers = Workers(limit=lambda: 1, at_exit=lambda: None)
+        kept = workers.hire(lambda: None)
+        run_in_loop(where())
+        hold, held = threading.Event(), threading.Event()
+
+        def busy():
+            with workers._lock:
+                held.set()
+                hold.wait(10)
+
+        thread = threading.Thread(target=busy)
+        thread.start()
+        held.wait(10)
+        pid = os.fork()
+        if not pid:
+            workers.hire(lambda: None)
+            run_in_loop(where())
+            os._exit(7)
+        hold.set()
+        thread.join()
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    """
+    outcome = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "DJANGO_SETTINGS_MODULE": "tests.settings"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert outcome.stdout == "7\n", outcome.stderr
+
+
+# --- gevent ---------------------------------------------------------------------------------------------------------
+
+
+class Greenlet:
+    pass
+
+
+def gevent(monkeypatch, *, patched, current):
+    monkey = types.SimpleNamespace(is_module_patched=lambda name: patched and name == "threading")
+    monkeypatch.setitem(sys.modules, "gevent.monkey", monkey)
+    monkeypatch.setitem(sys.modules, "gevent", types.SimpleNamespace(getcurrent=lambda: current, Greenlet=Greenlet))
+
+
+def test_a_process_without_gevent_is_on_neither(monkeypatch):
+    monkeypatch.delitem(sys.modules, "gevent", raising=False)
+    monkeypatch.delitem(sys.modules, "gevent.monkey", raising=False)
+    assert not on_gevent()
+    assert not on_unpatched_gevent()
+
+
+@pytest.mark.parametrize(
+    ("patched", "current", "on", "on_unpatched"),
+    [
+        (True, Greenlet(), True, False),
+        (False, Greenlet(), False, True),
+        (False, object(), False, False),
+    ],
+)
+def test_patched_threads_are_gevent_and_a_greenlet_among_threads_is_a_mistake(
+    monkeypatch, patched, current, on, on_unpatched
+):
+    gevent(monkeypatch, patched=patched, current=current)
+    assert on_gevent() is on
+    assert on_unpatched_gevent() is on_unpatched
