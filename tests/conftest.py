@@ -4,6 +4,8 @@ import signal
 from contextlib import ExitStack
 
 import pytest
+from django.core.signals import request_finished
+from django.db import close_old_connections
 from django.test import override_settings
 
 from tests.helpers import servers
@@ -34,6 +36,14 @@ def pytest_runtest_makereport(item, call):
             if log := process.log()[before.get(process.pid, 0) :]:
                 report.sections.append((f"log of {process.name} (pid {process.pid})", log[-LOG_SHOWN:]))
     return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _closed_responses_leave_the_database_alone():
+    """Closing a response by hand must not close, or ask for, the test's own connection: as in Django's test client."""
+    request_finished.disconnect(close_old_connections)
+    yield
+    request_finished.connect(close_old_connections)
 
 
 @pytest.fixture(scope="session")

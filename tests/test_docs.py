@@ -46,7 +46,6 @@ def test_the_readme_shows_a_ten_line_view_and_a_three_line_send_event():
     assert len([line for line in queue.splitlines() if line]) <= 3
 
 
-@pytest.mark.django_db  # the end of a response closes old database connections
 @override_settings(REDIS_SSEQUEUE_CONNECTION_SETTINGS={"location": "memory:"})
 def test_the_looping_view_of_the_guide_counts_what_comes():
     names = {}

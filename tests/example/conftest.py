@@ -36,7 +36,6 @@ COMMANDS = {
 
 CHROMIUM_NAMES = (
     os.environ.get("DJANGO_SSE_CHROMIUM", ""),
-    os.environ.get("CHROMIUM", ""),
     "chromium",
     "chromium-browser",
     "google-chrome",

@@ -1,5 +1,6 @@
 """A private Redis server: its own port and directory, nothing kept, nothing of the machine's own Redis touched."""
 
+import os
 import shutil
 import signal
 import tempfile
@@ -17,7 +18,8 @@ class RedisServer:
     """A Redis (or Valkey) process that can be stopped and started again on the same port, as after an outage."""
 
     def __init__(self):
-        self.binary = shutil.which("redis-server") or shutil.which("valkey-server")
+        named = os.environ.get("DJANGO_SSE_REDIS_SERVER", "redis-server")
+        self.binary = shutil.which(named) or shutil.which("valkey-server")
         need(self.binary, HOW)
         self.port = free_port()
         self._directory = tempfile.TemporaryDirectory(prefix="django-sse-redis-")
