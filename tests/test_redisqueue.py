@@ -8,8 +8,7 @@ from unittest import mock
 import pytest
 import redis
 from django.core.exceptions import ImproperlyConfigured
-from django.core.signals import request_finished
-from django.db import close_old_connections, transaction
+from django.db import transaction
 from django.test import RequestFactory, override_settings
 from django.utils.translation import gettext_lazy
 
@@ -28,11 +27,8 @@ MEMORY = {"location": "memory:"}
 
 @pytest.fixture(autouse=True)
 def _memory():
-    # As Django's test client does: the end of a response must not touch the database of the tests.
-    request_finished.disconnect(close_old_connections)
     with override_settings(REDIS_SSEQUEUE_CONNECTION_SETTINGS=MEMORY):
         yield
-    request_finished.connect(close_old_connections)
 
 
 @pytest.fixture

@@ -6,8 +6,6 @@ import threading
 
 import pytest
 from django.core.exceptions import ImproperlyConfigured
-from django.core.signals import request_finished
-from django.db import close_old_connections
 from django.http import HttpResponse, HttpResponseForbidden, StreamingHttpResponse
 from django.test import AsyncClient, AsyncRequestFactory, RequestFactory, override_settings
 from django.urls import path
@@ -137,11 +135,8 @@ pytestmark = pytest.mark.urls(__name__)
 def _fresh():
     for view in (Endless, AsyncEndless, Wholesale, AsyncWholesale):
         view.ended.clear()
-    # As Django's test client does: the end of a response must not touch the database of the tests.
-    request_finished.disconnect(close_old_connections)
     with override_settings(REDIS_SSEQUEUE_CONNECTION_SETTINGS=MEMORY):
         yield
-    request_finished.connect(close_old_connections)
 
 
 @pytest.fixture
@@ -164,10 +159,7 @@ def asynchronously(test):
     async def main():
         return await asyncio.wait_for(test(AsyncClient()), 20)
 
-    try:
-        return asyncio.run(main())
-    finally:
-        request_finished.disconnect(close_old_connections)  # the client has connected it again
+    return asyncio.run(main())
 
 
 async def first_chunks(response, count):
