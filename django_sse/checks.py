@@ -1,4 +1,4 @@
-"""System checks: each mistake in the settings that can be seen without a request has an id and a hint here."""
+"""System checks: each mistake in ``DJANGO_SSE`` that can be seen without a request has an id here."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Subscription:
         self.channels = tuple(dict.fromkeys(channels))
         #: Why nothing more comes: ``None`` while it is open.
         self.ended: str | None = None
-        #: Set by the owner for a client that does not take what waits; cleared when it does.
+        #: Set by the owner for a client that does not take what waits; cleared when it has caught up.
         self.slow = False
         #: Set by the stream: how the owner tells it that there is something to take.
         self.wake: Callable[[], None] | None = None
@@ -58,7 +58,9 @@ class Subscription:
         else:
             taken = [waiting.popleft() for _ in range(limit)]
             self._bytes -= sum(len(frame) for _, frame in taken)
-        self.slow = False
+        # Only who comes in vain has caught up: a slow client, too, takes all that waits now and then.
+        if not taken and not waiting:
+            self.slow = False
         return taken
 
     def __len__(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 import weakref
 from collections import deque
@@ -86,62 +87,74 @@ class Inbox:
                 return taken
             if self.mailbox.ended is not None:
                 return None
-            if not await bell.wait(timeout):
-                return []
+            if not bell.rung:
+                try:
+                    await bell.begin(timeout)
+                finally:
+                    bell.end()
+                if not bell.rung:
+                    return []
 
 
 class _LoopBell:
     """An event that any thread may set, for one task at a time to await. Rings of one moment share one loop wake-up."""
 
-    __slots__ = ("_alarm", "_future", "_rung")
+    __slots__ = ("_alarm", "deadline", "future", "rung")
 
     def __init__(self) -> None:
         self._alarm = _LoopAlarm.of_running_loop()
-        self._future: asyncio.Future[bool] | None = None
-        self._rung = False
+        #: Whether it was rung since ``clear()``.
+        self.rung = False
+        #: What is awaited, while somebody does; until ``deadline`` (the loop's time) at most, if anybody sweeps for it.
+        self.future: asyncio.Future[None] | None = None
+        self.deadline = math.inf
 
     def ring(self) -> None:
-        self._rung = True
+        self.rung = True
         self._alarm.add(self)
 
-    def answer(self) -> None:
-        # Not rung any more? Then a look at the mailbox came first, and has taken what the ring was for.
-        if self._rung and self._future is not None and not self._future.done():
-            self._future.set_result(True)
-
     def clear(self) -> None:
-        self._rung = False
+        self.rung = False
 
-    async def wait(self, timeout: float | None) -> bool:
-        """Whether it rang since ``clear()``, or does within ``timeout`` seconds."""
-        if self._rung:
-            return True
-        loop = self._alarm.loop
-        self._future = future = loop.create_future()
-        timer = None if timeout is None else loop.call_later(timeout, _give_up, future)
-        try:
-            await future
-        finally:
-            self._future = None
-            if timer is not None:
-                timer.cancel()
-        return self._rung
+    def begin(self, timeout: float | None) -> asyncio.Future[None]:
+        """Return what to await: done when it is rung, or after ``timeout`` seconds, or up to a quarter more."""
+        loop = asyncio.get_running_loop()
+        self.future = loop.create_future()
+        if timeout is not None:
+            self.deadline = loop.time() + timeout
+            self._alarm.sweep_for(self, timeout)
+        return self.future
 
+    def end(self) -> None:
+        """Say that nobody awaits it any more."""
+        self.future = None
+        self.deadline = math.inf
 
-def _give_up(future: asyncio.Future[bool]) -> None:
-    if not future.done():
-        future.set_result(False)
+    def answer(self) -> None:
+        """Wake who awaits it. In the loop."""
+        if self.future is not None and not self.future.done():
+            self.future.set_result(None)
 
 
 class _LoopAlarm:
-    """Wakes one event loop from other threads, once for all the bells that rang since it last woke."""
+    """Wakes the waiters of one event loop: those that other threads rang for, all at once, and those whose time is up.
+
+    Time is looked at in sweeps over all who wait, and not by a timer for each wait: an event that comes before its
+    timeout, as almost all do, then costs no timer.
+    """
+
+    #: Seconds between two sweeps at most; a quarter of the shortest timeout, if that is less.
+    INTERVAL = 1.0
 
     _alarms: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopAlarm]] = weakref.WeakKeyDictionary()
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
-        self._bells: deque[_LoopBell] = deque()
+        self._rung: deque[_LoopBell] = deque()
         self._called = False
+        self._timed: set[_LoopBell] = set()
+        self._interval = math.inf
+        self._sweeper: asyncio.TimerHandle | None = None
 
     @classmethod
     def of_running_loop(cls) -> _LoopAlarm:
@@ -151,14 +164,9 @@ class _LoopAlarm:
             alarm = cls._alarms[loop] = cls(loop)
         return alarm
 
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        loop = self._loop()
-        assert loop is not None, "a bell is only used while its loop runs"
-        return loop
-
     def add(self, bell: _LoopBell) -> None:
-        self._bells.append(bell)
+        """Have ``bell`` answered soon. From any thread."""
+        self._rung.append(bell)
         if not self._called:
             self._called = True
             loop = self._loop()
@@ -170,5 +178,31 @@ class _LoopAlarm:
     def _answer(self) -> None:
         # First the flag, then the bells: one that is added in between is answered now, and once more for nothing.
         self._called = False
-        while self._bells:
-            self._bells.popleft().answer()
+        while self._rung:
+            bell = self._rung.popleft()
+            # Not rung any more? Then a look at the mailbox came first, and has taken what the ring was for.
+            if bell.rung:
+                bell.answer()
+
+    def sweep_for(self, bell: _LoopBell, timeout: float) -> None:
+        """Have ``bell`` answered when its deadline, ``timeout`` seconds from now, has passed. In the loop."""
+        self._timed.add(bell)
+        if timeout / 4 < self._interval:
+            self._interval = min(self.INTERVAL, timeout / 4)
+            self._sweep_later(asyncio.get_running_loop())
+
+    def _sweep_later(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        self._sweeper = loop.call_later(self._interval, self._sweep, loop)
+
+    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+        now = loop.time()
+        for bell in [bell for bell in self._timed if bell.deadline <= now]:
+            bell.answer()
+        # Who does not wait just now will say so again.
+        self._timed = {bell for bell in self._timed if bell.future is not None}
+        if self._timed:
+            self._sweep_later(loop)
+        else:
+            self._interval, self._sweeper = math.inf, None

@@ -7,6 +7,7 @@ for as long as nobody assigns to them. This module is also where the parts meet:
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import os
@@ -16,9 +17,10 @@ from typing import Any, ClassVar
 
 import redis
 from asgiref.sync import sync_to_async
-from django.core.exceptions import ImproperlyConfigured
+from django.core.exceptions import ImproperlyConfigured, PermissionDenied
 from django.core.serializers.json import DjangoJSONEncoder
 from django.db import transaction
+from django.http import Http404
 from django.utils.functional import Promise, classproperty
 from sse import Sse as PlainSse
 
@@ -215,6 +217,8 @@ _dumps = functools.partial(json.dumps, cls=DjangoJSONEncoder, allow_nan=False)
 def _checked_channel(channel: Any) -> str:
     if isinstance(channel, bytes):
         channel = channel.decode()
+    if isinstance(channel, int) and not isinstance(channel, bool):
+        channel = str(channel)  # a primary key, which Redis takes as well
     if not isinstance(channel, str) or not channel:
         raise ValueError(f"channel must be a name, not {channel!r}")
     try:
@@ -249,19 +253,34 @@ class RedisQueueView(BaseSseView):
         Its first step raises ``BrokerUnavailable`` when the broker cannot be reached.
         """
         steps, self._steps = self._steps, None
-        return _Steps(self) if steps is None else steps
+        if steps is not None and self._has_own_iterator() and not steps.is_for(self):
+            steps.close()
+            steps = None
+        return steps or _Steps(self)
 
     def _open(self) -> None:
-        # Whoever calls iterator() first gets this subscription; one that never does, having a source of its own, does
-        # not need Redis, nor our settings, to be right.
-        if self._steps is None:
-            self._steps = _Steps(self, _names(self.get_redis_channel()))
-            self._steps.open()
+        # Whoever calls iterator() first gets this subscription. One of a subclass that never does, having a source of
+        # its own, does not need Redis, nor our settings, to be right; nor does one that chooses the channel later.
+        if self._steps is not None:
+            return
+        steps = _Steps(self)
+        try:
+            steps.open()
+        except (Http404, PermissionDenied):
+            raise
+        except Exception:
+            if not self._has_own_iterator():
+                raise
+        else:
+            self._steps = steps
+
+    def _has_own_iterator(self) -> bool:
+        return getattr(self.iterator, "__func__", None) is not RedisQueueView.iterator
 
     def _stream(self, iterator: Iterable[object] | AsyncIterable[object] | None, **source: Any) -> Stream:
         if isinstance(iterator, _Steps) and iterator.mailbox is not None and type(self.sse) in (Sse, PlainSse):
             # Nobody has a say in each event, so that every client gets the same bytes.
-            heartbeat = check_heartbeat(f"{type(self).__name__}.heartbeat", self.heartbeat)
+            heartbeat = check_heartbeat(f"{type(self).__name__}.heartbeat", self._option("heartbeat"))
             return super()._stream(None, mailbox=iterator.mailbox, heartbeat=heartbeat)
         return super()._stream(iterator, **source)
 
@@ -269,9 +288,9 @@ class RedisQueueView(BaseSseView):
 class _Steps:
     """The events of a view's channels, one a step, each added to the view's ``sse``."""
 
-    def __init__(self, view: RedisQueueView, channels: list[str] | None = None) -> None:
+    def __init__(self, view: RedisQueueView) -> None:
         self._view = view
-        self._channels = channels
+        self._channels: list[str] = []
         self._inbox: Inbox | None = None
         self._error: Exception | None = None
 
@@ -281,21 +300,28 @@ class _Steps:
         return None if self._inbox is None else self._inbox.mailbox  # type: ignore[return-value]
 
     def open(self) -> None:
-        """Subscribe; what goes wrong is raised by the first step."""
+        """Subscribe. That the broker is not there is raised by the first step."""
         if on_unpatched_gevent():
             raise ImproperlyConfigured(
                 "This process serves requests with gevent but waits with threads: one waiting stream would stop all "
                 "others. Call gevent.monkey.patch_all() before anything else is imported."
             )
+        self._channels = _names(self._view.get_redis_channel())
         max_events, max_bytes = configuration.mailbox
         try:
-            if self._channels is None:
-                self._channels = _names(self._view.get_redis_channel())
             listener = _runtime().open(self._channels, max_events=max_events, max_bytes=max_bytes)
             self._view._mailboxes.add(listener)
             self._inbox = Inbox(listener)
-        except (BrokerUnavailable, ImproperlyConfigured) as error:
+        except BrokerUnavailable as error:
             self._error = error
+
+    def is_for(self, view: RedisQueueView) -> bool:
+        """Whether these are the channels that ``view`` wants now: the start of its iterator may have chosen others."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return self._channels == _names(view.get_redis_channel())
+        return True  # in an event loop nothing that might ask the database can be called
 
     def __iter__(self) -> Iterator[object]:
         return self
@@ -322,9 +348,9 @@ class _Steps:
         self._add(taken)
 
     def close(self) -> None:
-        """Give the subscription back."""
-        if self._inbox is not None:
-            self._inbox.mailbox.close()
+        """Give the subscription back. Takes no lock: the collector may close a generator that delegates to this."""
+        if self.mailbox is not None:
+            self.mailbox.leave()
 
     def _ready(self) -> Inbox:
         if self._inbox is None:

@@ -1,4 +1,4 @@
-"""The only process-wide state: for each configuration one hub, one lock, one broker. Nothing here outlives a fork.
+"""What the streams of a process share: for each configuration one hub, one lock, one broker. Nothing outlives a fork.
 
 The runtime owns the hub's lock, carries out what the hub says has to be done, and paces the broker: a client that takes
 its events is given a moment to do so before the next ones are put on top; one that does not take them is *slow*, and
@@ -12,6 +12,7 @@ import atexit
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
@@ -26,7 +27,7 @@ __all__ = ["Listener", "Runtime", "get", "reset"]
 
 log = logging.getLogger("django_sse")
 
-#: Seconds for which a crowded mailbox holds the broker's thread up, once, before its client counts as slow.
+#: Seconds without any progress for which crowded mailboxes hold the broker's thread up, before their clients are slow.
 PATIENCE = 0.1
 #: Seconds that a new stream waits for the broker to confirm its channels.
 SUBSCRIBE_TIMEOUT = 5.0
@@ -38,10 +39,14 @@ class Runtime:
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
         broker.deliver = self.deliver
-        #: Guards the hub, its subscriptions and ``_crowded``; notified when the latter becomes empty.
-        self._lock = threading.Condition(threading.Lock())
+        #: Guards the hub, its subscriptions and ``_crowded``.
+        self._lock = threading.Lock()
+        #: Notified when ``_crowded`` becomes smaller.
+        self._calm = threading.Condition(self._lock)
         self._hub = Hub()
         self._crowded: set[Subscription] = set()
+        # What was dropped without being closed, and by whatever thread the collector ran in.
+        self._abandoned: deque[Subscription] = deque()
 
     def open(
         self, channels: Iterable[str], *, max_events: int, max_bytes: int, timeout: float = SUBSCRIBE_TIMEOUT
@@ -50,6 +55,7 @@ class Runtime:
 
         Waits for the broker for at most ``timeout`` seconds. Raises ``BrokerUnavailable``; nothing is left behind then.
         """
+        self._reap()
         listener = Listener(self, Subscription(channels, max_events=max_events, max_bytes=max_bytes))
         try:
             with self._lock:
@@ -63,6 +69,7 @@ class Runtime:
 
     def deliver(self, batch: Iterable[tuple[str, Payload]]) -> None:
         """Decode and encode each payload once, and put it into the mailboxes of its channel. For the broker."""
+        self._reap()
         wake: set[Subscription] = set()
         for channel, payload in batch:
             try:
@@ -99,8 +106,7 @@ class Runtime:
             taken = subscription.take(limit)
             if subscription in self._crowded and not subscription.crowded:
                 self._crowded.discard(subscription)
-                if not self._crowded:
-                    self._lock.notify_all()
+                self._calm.notify_all()
             return taken
 
     def end(self, subscription: Subscription, reason: str) -> None:
@@ -109,10 +115,19 @@ class Runtime:
             subscription.ended = subscription.ended or reason
             for channel in self._hub.remove(subscription):
                 self.broker.unsubscribe(channel)
-            self._crowded.discard(subscription)
-            if not self._crowded:
-                self._lock.notify_all()
+            if subscription in self._crowded:
+                self._crowded.discard(subscription)
+                self._calm.notify_all()
         _ring([subscription])
+
+    def abandon(self, subscription: Subscription) -> None:
+        """Have ``subscription`` ended soon. Takes no lock, for the collector runs anywhere, even under ours."""
+        self._abandoned.append(subscription)
+        self.broker.nudge()
+
+    def _reap(self) -> None:
+        while self._abandoned:
+            self.end(self._abandoned.popleft(), "abandoned")
 
     def close(self) -> None:
         """End every stream and give back the broker's connections."""
@@ -124,6 +139,7 @@ class Runtime:
 
     def stats(self) -> dict[str, int]:
         """Return how many channels and subscriptions are registered."""
+        self._reap()
         with self._lock:
             return {"channels": len(self._hub.channels), "subscriptions": len(self._hub.subscriptions)}
 
@@ -136,7 +152,10 @@ class Runtime:
         else:
             patience = 0.0  # this thread runs a loop: waiting for its own clients would be in vain
         with self._lock:
-            self._lock.wait_for(lambda: not self._crowded, patience)
+            left = 0
+            while self._crowded and len(self._crowded) != left:
+                left = len(self._crowded)
+                self._calm.wait(patience)
             for subscription in self._crowded:
                 subscription.slow = True
             self._crowded.clear()
@@ -168,11 +187,14 @@ class Listener:
         """Give the subscription back. May be called again, and by any thread."""
         self._runtime.end(self.subscription, reason)
 
-    def __del__(self) -> None:
-        # The response was dropped unclosed, say by a middleware that answered instead. No lock may be taken here (the
-        # collector runs anywhere, even under that lock): the mark makes the hub forget it at the channel's next event.
+    def leave(self) -> None:
+        """Have the subscription given back soon. Takes no lock, so the collector may call it anywhere."""
         if self.subscription.ended is None:
             self.subscription.ended = "abandoned"
+            self._runtime.abandon(self.subscription)
+
+    # The response was dropped unclosed: the client left while the view ran, or a middleware answered instead.
+    __del__ = leave
 
 
 def _ring(subscriptions: Iterable[Subscription]) -> None:

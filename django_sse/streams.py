@@ -7,6 +7,7 @@ is never more than one step ahead of the client, and may be closed by any thread
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from functools import partial
@@ -18,7 +19,7 @@ from .event import Event
 from .exceptions import BrokerUnavailable
 from .inbox import Inbox, Mailbox, Mailboxes
 from .wire import Sse, comment
-from .workers import DONE, Worker, Workers, in_worker, run_in_loop
+from .workers import DONE, Worker, Workers, in_worker, shared_loop
 
 __all__ = ["Chunk", "Source", "Stream", "flush_sse", "has_own_iter"]
 
@@ -71,10 +72,12 @@ class Source:
 
     def frames(self, taken: list[tuple[Event, bytes]]) -> Chunk:
         """Return what is sent for the events taken from the mailbox: a heartbeat where there are none."""
+        rest = self.flush(None)
+        if len(taken) == 1 and not rest:
+            return self.out(taken[0][1])
         frames = [frame for _, frame in taken] or [_HEARTBEAT]
-        for chunk in self.flush(None):
-            frames.append(chunk.encode() if isinstance(chunk, str) else chunk)
-        return self.out(frames[0] if len(frames) == 1 else b"".join(frames))
+        frames += [chunk.encode() if isinstance(chunk, str) else chunk for chunk in rest]
+        return self.out(b"".join(frames))
 
     def discard(self) -> None:
         """Close an iterator that nobody has begun."""
@@ -85,8 +88,8 @@ def flush_sse(buffer: sse.Sse) -> Iterable[Chunk]:
     """Return what ``buffer`` holds, emptying it: one chunk, or as many as a subclass's own ``__iter__`` makes."""
     if has_own_iter(buffer):
         return iter(buffer)  # type: ignore[no-any-return]
-    text = "".join(buffer)
-    return (text,) if text else ()
+    # Mostly empty where a mailbox is the stream: that look is on the way of every event.
+    return ("".join(buffer),) if buffer._buffer else ()
 
 
 def has_own_iter(buffer: sse.Sse) -> bool:
@@ -131,6 +134,10 @@ class _Here:
                 raise
             self._over = True
         return None
+
+    def stop(self) -> None:
+        """End after the step that is under way."""
+        self._closed = True
 
     def close(self) -> None:
         self._closed = True
@@ -187,6 +194,10 @@ class _Await:
             raise _hidden_from_django(error) from error
         return None
 
+    def stop(self) -> None:
+        """End after the step that is under way."""
+        self._closed = True
+
     def close(self) -> None:
         self._closed = True
         loop = self._loop
@@ -203,8 +214,10 @@ class _Await:
 
     async def aclose(self) -> None:
         self._closed = True
+        if self._steps is None:
+            self._source.discard()
         # In the middle of a step? Then it is unwinding, or is closed when the step is over.
-        if not getattr(self._steps, "ag_running", False):
+        elif not getattr(self._steps, "ag_running", False):
             await getattr(self._steps, "aclose", _anothing)()
 
 
@@ -238,34 +251,58 @@ class _InThread:
         self._worker.leave()
 
     def close(self) -> None:
+        self._inner.stop()  # where no step sends anything, none of them ends in the worker
         self._worker.stop()
 
     def __del__(self) -> None:
         # Dropped unclosed, the thread would wait for its next step for ever. None: refused, there is no thread.
         if self._worker is not None:
-            self._worker.stop()
+            self.close()
 
 
 class _InLoop:
-    """An async iterator under a server of threads: awaited, start to end, in the loop of a thread of ours."""
+    """An async iterator under a server of threads: awaited by one task, start to end, in the loop that all share."""
 
     def __init__(self, source: Source, workers: Workers) -> None:
         self._inner = _Await(source, workers)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: concurrent.futures.Future[None] | None = None
+        # One future a step, which a thread waits for; None: end.
+        self._asked: asyncio.Queue[concurrent.futures.Future[object] | None] = asyncio.Queue()
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
 
     def __next__(self) -> Chunk:
-        chunk = run_in_loop(self._step())
+        if self._loop is None or self._task is None:
+            self._loop = shared_loop()
+            self._task = asyncio.run_coroutine_threadsafe(self._work(), self._loop)
+        answer: concurrent.futures.Future[object] = concurrent.futures.Future()
+        self._loop.call_soon_threadsafe(self._asked.put_nowait, answer)
+        # The task ends where another thread closes the stream: then nobody answers any more.
+        either: tuple[Any, Any] = (answer, self._task)
+        concurrent.futures.wait(either, return_when=concurrent.futures.FIRST_COMPLETED)
+        chunk = answer.result() if answer.done() else DONE
         if chunk is DONE:
             raise StopIteration
         return chunk  # type: ignore[return-value]
 
-    async def _step(self) -> object:
-        return await anext(self._inner, DONE)
+    async def _work(self) -> None:
+        # One task for all steps: what the iterator opens around a yield (a timeout, a task group) belongs to its task.
+        while (answer := await self._asked.get()) is not None:
+            try:
+                answer.set_result(await anext(self._inner, DONE))
+            # Whatever it is, it belongs to the thread that waits.
+            except BaseException as error:  # noqa: BLE001
+                answer.set_exception(error)
+        await self._inner.aclose()
 
     def close(self) -> None:
-        self._inner.close()
+        if self._loop is None:
+            self._inner.close()
+        else:
+            self._inner.stop()
+            self._loop.call_soon_threadsafe(self._asked.put_nowait, None)
 
 
 class _Wait:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
-from django.core.handlers.asgi import ASGIRequest
 from django.db import connections
 from django.http import HttpRequest, HttpResponse, HttpResponseNotAllowed, StreamingHttpResponse
 from django.http.response import HttpResponseBase
@@ -25,10 +25,12 @@ from .conf import configuration
 from .exceptions import TooManyStreams
 from .inbox import Mailboxes
 from .streams import Chunk, Source, Stream, flush_sse, has_own_iter
-from .wire import Sse
+from .wire import Sse, retry
 from .workers import Workers, on_gevent
 
 __all__ = ["BaseSseView"]
+
+log = logging.getLogger("django_sse")
 
 #: Seconds after which a client that was refused may come again.
 RETRY_AFTER = 5
@@ -66,9 +68,7 @@ class BaseSseView(View):
             try:
                 return _suit(view(request, *args, **kwargs), request)
             except TooManyStreams as error:
-                response = HttpResponse(f"{error}\n", status=503, content_type="text/plain; charset=utf-8")
-                response["Retry-After"] = str(RETRY_AFTER)
-                return response
+                return _refuse(request, error)
 
         return sse_view
 
@@ -125,6 +125,9 @@ class BaseSseView(View):
             iterator: Any = self.iterator()
             if inspect.iscoroutine(iterator):
                 iterator = _Returned(iterator)
+            elif not (hasattr(iterator, "__iter__") or hasattr(iterator, "__aiter__")):
+                name = f"{type(self).__name__}.iterator()"
+                raise TypeError(f"{name} must yield, or return an iterable; it returned {iterator!r}")
             if not hasattr(self, "sse"):  # an instance that dispatch() has not seen
                 self.sse = self._buffer()
             return self._stream(iterator)
@@ -160,11 +163,22 @@ class BaseSseView(View):
             yield from flush_sse(self.sse)
 
     def _buffer(self) -> Sse:
-        return Sse(default_retry=configuration.retry if self.retry is None else self.retry)
+        retry = self._option("retry")
+        return Sse(default_retry=configuration.retry if retry is None else retry)
+
+    def _option(self, name: str) -> Any:
+        """Return the class attribute ``name``; the setting of that name where a subclass calls a method so."""
+        value = getattr(self, name)
+        return getattr(configuration, name) if callable(value) else value
+
+
+def _on_loop(request: HttpRequest | None) -> bool:
+    # Not by its class, for other packages wrap requests.
+    return hasattr(request, "scope")
 
 
 def _stream(source: Source, request: HttpRequest | None) -> Stream:
-    on_loop = isinstance(request, ASGIRequest)
+    on_loop = _on_loop(request)
     if not on_loop and on_gevent() and source.kind(on_loop=False) == "async":
         raise ImproperlyConfigured(
             "An async iterator() cannot run on a gevent server: asyncio takes all greenlets of a thread for one, so "
@@ -174,11 +188,23 @@ def _stream(source: Source, request: HttpRequest | None) -> Stream:
     return Stream(source, workers, on_loop=on_loop)
 
 
+def _refuse(request: HttpRequest, error: TooManyStreams) -> HttpResponse:
+    log.warning("A stream is refused: %s", error)
+    if "text/event-stream" in request.headers.get("Accept", ""):
+        # An EventSource takes any status but 200 for the end of all attempts (WHATWG HTML, section 9.2.3).
+        response = HttpResponse(retry(RETRY_AFTER * 1000), content_type="text/event-stream")
+    else:
+        response = HttpResponse(f"{error}\n", status=503, content_type="text/plain; charset=utf-8")
+    response["Cache-Control"] = "no-store"
+    response["Retry-After"] = str(RETRY_AFTER)
+    return response
+
+
 def _suit(response: HttpResponseBase, request: HttpRequest) -> HttpResponseBase:
     """Make any streaming response fit the server: a dispatch() of old may hand a plain generator to an event loop."""
     if not isinstance(response, StreamingHttpResponse):
         return response
-    on_loop = isinstance(request, ASGIRequest)
+    on_loop = _on_loop(request)
     if request.method == "HEAD":
         response.streaming_content = _nothing(request)
     elif response.is_async is not on_loop:
@@ -191,7 +217,7 @@ def _as_it_is(chunk: Any) -> Iterable[Chunk]:
 
 
 def _nothing(request: HttpRequest) -> Stream:
-    return Stream(Source(_NoSteps(), lambda value: ()), workers, on_loop=isinstance(request, ASGIRequest))
+    return Stream(Source(_NoSteps(), lambda value: ()), workers, on_loop=_on_loop(request))
 
 
 class _NoSteps:

@@ -16,12 +16,11 @@ import queue
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
 from .exceptions import TooManyStreams
 
-__all__ = ["DONE", "Worker", "Workers", "in_worker", "on_gevent", "on_unpatched_gevent", "run_in_loop"]
+__all__ = ["DONE", "Worker", "Workers", "in_worker", "on_gevent", "on_unpatched_gevent", "shared_loop"]
 
 log = logging.getLogger("django_sse")
 
@@ -174,20 +173,20 @@ class _SharedLoop:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def run(self, coroutine: Coroutine[Any, Any, object]) -> object:
+    def get(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(target=self._loop.run_forever, name="django-sse-loop", daemon=True).start()
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+            return self._loop
 
 
 _shared_loop = _SharedLoop()
 
 
-def run_in_loop(coroutine: Coroutine[Any, Any, object]) -> object:
-    """Return what ``coroutine`` returns or raises, awaited in the loop that all streams of this process share."""
-    return _shared_loop.run(coroutine)
+def shared_loop() -> asyncio.AbstractEventLoop:
+    """Return the loop, running in a thread of ours, that all async iterators share in a process of threads."""
+    return _shared_loop.get()
 
 
 def _forget_after_fork() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from django_sse.inbox import Inbox, Mailboxes
 from django_sse.workers import on_gevent
+from tests.helpers.loops import soon
 from tests.helpers.wait import until
 
 LONG = 10  # seconds: a wait that an event is to end; reached only if it does not
@@ -328,15 +329,17 @@ def test_a_task_that_is_cancelled_at_the_moment_of_an_event_leaves_the_event(box
     loop.run_until_complete(main())
 
 
-def test_a_finished_wait_leaves_no_timer_behind(box, inbox, loop):
+def test_all_waits_of_a_loop_share_one_timer_and_it_ends_with_the_last(box, loop):
     async def main():
-        task = asyncio.create_task(inbox.await_(LONG))
+        inboxes = [Inbox(Box()) for _ in range(3)]
+        tasks = [asyncio.create_task(inbox.await_(0.04 * number)) for number, inbox in enumerate(inboxes, start=1)]
         await turns()
-        box.put("a")
-        await task
-        return [timer for timer in loop._scheduled if not timer.cancelled()]
+        timers = len([timer for timer in loop._scheduled if not timer.cancelled()])
+        assert [await task for task in tasks] == [[], [], []]
+        await soon(lambda: len(loop._scheduled) <= 1)  # the timer of soon() itself
+        return timers
 
-    assert loop.run_until_complete(main()) == []
+    assert loop.run_until_complete(main()) == 1
 
 
 # --- loops that are gone ---

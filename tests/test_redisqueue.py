@@ -1,14 +1,17 @@
 """The queue beyond the interface of 0.4.1 (tests/compat): transactions, channels, locations, errors that help."""
 
 import asyncio
+import gc
 import threading
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import redis
-from django.core.exceptions import ImproperlyConfigured
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured, PermissionDenied
 from django.db import transaction
+from django.http import Http404
 from django.test import RequestFactory, override_settings
 from django.utils.translation import gettext_lazy
 
@@ -222,7 +225,7 @@ def test_a_number_that_json_does_not_know_is_refused(number):
         send_event("news", number)
 
 
-@pytest.mark.parametrize("channel", ["", b"", 5, b"\xff", "\ud800", ["a"]])
+@pytest.mark.parametrize("channel", ["", b"", 5.0, True, b"\xff", "\ud800", ["a"]])
 def test_a_channel_is_a_name_of_at_least_one_character(channel):
     with pytest.raises(ValueError, match="channel|codec"):
         send_event("news", "1", channel)
@@ -231,6 +234,12 @@ def test_a_channel_is_a_name_of_at_least_one_character(channel):
 def test_a_channel_may_be_given_as_bytes(sent):
     send_event("news", "1", b"room")
     assert sent() == event("news", "1")
+
+
+def test_a_channel_may_be_a_number_such_as_a_primary_key(connect):
+    chunk = connect(several(7))
+    send_event("", "1", 7)
+    assert chunk() == event("", "1")
 
 
 # --- several channels -----------------------------------------------------------------------------------------------
@@ -251,7 +260,7 @@ def test_a_view_may_listen_to_several_channels(connect, channels):
     assert chunk() == event("", "a") + event("", "b")
 
 
-@pytest.mark.parametrize("channels", [[], (), [""], ["a", None], None, 5, ["a", "\ud800"], ""])
+@pytest.mark.parametrize("channels", [[], (), [""], ["a", None], None, 5.0, ["a", "\ud800"], ""])
 def test_a_view_listens_to_names_and_to_at_least_one(connect, channels):
     with pytest.raises(ValueError, match="channel"):
         connect(several(channels))
@@ -534,3 +543,90 @@ def test_with_redis_the_event_goes_to_the_clients_of_every_process(redis_server,
     assert chunk() == event("news", "from another program")
     send_event("news", "from this one", "room")
     assert chunk() == event("news", "from this one")
+
+
+# --- programs that decide late, or wrongly --------------------------------------------------------------------------
+
+
+def test_an_iterator_that_chooses_its_channel_gets_that_channel_and_no_other(connect):
+    class Mine(RedisQueueView):
+        def iterator(self):
+            self.redis_channel = "mine"
+            yield from RedisQueueView.iterator(self)
+
+    chunk = connect(Mine, redis_channel="everybody")
+    taken = []
+    reader = threading.Thread(target=lambda: taken.append(chunk()))
+    reader.start()
+    until(lambda: stats() == {"channels": 1, "subscriptions": 1} and "mine" in redisqueue._runtime()._hub.channels)
+    send_event("", "not for me", "everybody")
+    send_event("", "for me", "mine")
+    reader.join(10)
+    assert taken == [event("", "for me")]
+
+
+def test_a_channel_that_only_the_iterator_can_tell_is_asked_for_there(connect):
+    class Late(RedisQueueView):
+        def iterator(self):
+            self.room = "late"
+            yield from RedisQueueView.iterator(self)
+
+        def get_redis_channel(self):
+            return self.room
+
+    chunk = connect(Late)
+    taken = []
+    reader = threading.Thread(target=lambda: taken.append(chunk()))
+    reader.start()
+    until(lambda: stats()["channels"] == 1)
+    send_event("", "1", "late")
+    reader.join(10)
+    assert taken == [event("", "1")]
+
+
+@pytest.mark.parametrize("refusal", [Http404, PermissionDenied])
+def test_a_channel_that_is_refused_is_djangos_answer_whatever_the_iterator(connect, refusal):
+    class Refuses(RedisQueueView):
+        def iterator(self):
+            yield from RedisQueueView.iterator(self)
+
+        def get_redis_channel(self):
+            raise refusal
+
+    with pytest.raises(refusal):
+        connect(Refuses)
+
+
+@override_settings()
+def test_a_stock_view_without_settings_is_an_error_at_once(connect):
+    del settings.REDIS_SSEQUEUE_CONNECTION_SETTINGS
+    with pytest.raises(ImproperlyConfigured, match="location"):
+        connect()
+
+
+def test_a_program_may_call_a_method_of_its_own_heartbeat_or_retry(connect):
+    class Busy(RedisQueueView):
+        def heartbeat(self):
+            raise AssertionError("not ours to call")
+
+        retry = heartbeat
+
+    chunk = connect(Busy)
+    send_event("", "1")
+    assert chunk() == event("", "1")
+
+
+def test_a_generator_over_the_events_that_is_collected_takes_no_lock(connect):
+    class Loops(RedisQueueView):
+        def iterator(self):
+            yield from RedisQueueView.iterator(self)
+
+    view = Loops()
+    view.setup(RequestFactory().get("/"))
+    chunks = view.dispatch(view.request).streaming_content
+    next(chunks)
+    send_event("", "1")
+    next(chunks)
+    with redisqueue._runtime()._lock:  # the collector may run in the middle of anything
+        del view, chunks
+        gc.collect()

@@ -17,7 +17,7 @@ from django_sse.runtime import Runtime
 from django_sse.streams import DRIVERS, Source, Stream, flush_sse, has_own_iter
 from django_sse.wire import Sse
 from django_sse.workers import Workers, in_worker
-from tests.helpers.loops import needs_loops
+from tests.helpers.loops import needs_loops, soon
 from tests.helpers.wait import until
 
 
@@ -712,3 +712,44 @@ def test_a_heartbeat_is_what_stands_for_no_event():
     source = Source(None, lambda value: (), heartbeat=1)
     assert source.frames([]) == streams._HEARTBEAT.decode()
     assert source.frames([(Event("", "a"), b"frame")]) == "frame"
+
+
+# --- found in review ------------------------------------------------------------------------------------------------
+
+
+@needs_loops
+def test_a_sync_iterator_that_sends_nothing_ends_with_its_client_under_a_loop():
+    def steps():
+        try:
+            while True:
+                turns.append(1)
+                yield
+        finally:
+            ended.append(1)
+
+    async def main():
+        stream = Stream(Source(steps(), lambda value: ()), workers, on_loop=True)
+        task = asyncio.create_task(anext(aiter(stream)))
+        await soon(lambda: turns)
+        task.cancel()
+        stream.close()
+        await soon(lambda: ended)
+
+    turns, ended = [], []
+    workers = Workers(limit=lambda: 1, at_exit=lambda: None)
+    asyncio.run(main())
+
+
+@needs_loops
+def test_all_steps_of_an_async_iterator_run_in_one_task_under_a_server_of_threads():
+    async def steps():
+        for _ in range(3):
+            tasks.append(asyncio.current_task())
+            yield "chunk"
+
+    tasks = []
+    workers = Workers(limit=lambda: 1, at_exit=lambda: None)
+    stream = Stream(Source(steps(), lambda value: [value] if value else ()), workers, on_loop=False)
+    assert list(stream) == ["chunk"] * 3
+    assert len(set(tasks)) == 1
+    stream.close()

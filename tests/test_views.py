@@ -538,3 +538,42 @@ def test_a_plain_response_of_another_view_is_not_touched():
             return HttpResponse("page")
 
     assert Page.as_view()(RequestFactory().get("/")).content == b"page"
+
+
+# --- mistakes, limits and wrapped requests --------------------------------------------------------------------------
+
+
+def test_an_iterator_that_returns_nothing_is_named(get):
+    class Forgetful(BaseSseView):
+        def iterator(self):
+            self.sse.add_message("", "but no yield")
+
+    with pytest.raises(TypeError, match=r"Forgetful.iterator\(\) must yield, or return an iterable; it returned None"):
+        get(Forgetful.as_view())
+
+
+@override_settings(DJANGO_SSE={"THREADS": 1})
+def test_a_browser_beyond_the_limit_is_told_to_come_again_and_another_client_that_it_is_refused(monkeypatch):
+    monkeypatch.setattr(views, "workers", views.Workers(lambda: 1, lambda: None))
+    factory = AsyncRequestFactory()
+    kept = Endless.as_view()(factory.get("/"))
+    browser = Endless.as_view()(factory.get("/", headers={"accept": "text/event-stream"}))
+    assert (browser.status_code, browser.content) == (200, b"retry: 5000\n\n")
+    assert browser["Content-Type"] == "text/event-stream"
+    other = Endless.as_view()(factory.get("/"))
+    assert (other.status_code, other["Retry-After"]) == (503, "5")
+    kept.close()
+
+
+def test_a_request_that_another_package_has_wrapped_is_still_one_of_an_event_loop():
+    class Wrapper:
+        def __init__(self, request):
+            self._request = request
+
+        def __getattr__(self, name):
+            return getattr(self._request, name)
+
+    view = Endless()
+    response = view.dispatch(Wrapper(AsyncRequestFactory().get("/")))
+    assert response.is_async
+    response.close()

@@ -16,7 +16,7 @@ import pytest
 from django_sse import workers as workers_module
 from django_sse.exceptions import SseError, TooManyStreams
 from django_sse.streams import Source, Stream
-from django_sse.workers import DONE, Worker, Workers, in_worker, on_gevent, on_unpatched_gevent, run_in_loop
+from django_sse.workers import DONE, Worker, Workers, in_worker, on_gevent, on_unpatched_gevent, shared_loop
 from tests.helpers.loops import soon
 from tests.helpers.wait import until
 
@@ -320,6 +320,10 @@ def test_a_refused_stream_leaves_nothing_to_complain_of():
 # --- the shared loop ------------------------------------------------------------------------------------------------
 
 
+def run_in_loop(coroutine):
+    return asyncio.run_coroutine_threadsafe(coroutine, shared_loop()).result(10)
+
+
 async def where():
     return threading.current_thread().name, id(asyncio.get_running_loop())
 
@@ -344,7 +348,10 @@ def test_what_a_coroutine_raises_is_what_its_caller_gets():
 def test_a_fork_gets_workers_and_a_loop_of_its_own():
     script = """
         import asyncio, os, threading
-        from django_sse.workers import Workers, run_in_loop
+        from django_sse.workers import Workers, shared_loop
+
+        def run_in_loop(coroutine):
+            return asyncio.run_coroutine_threadsafe(coroutine, shared_loop()).result(10)
 
         async def where():
             return threading.get_ident()

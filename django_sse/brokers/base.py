@@ -47,6 +47,10 @@ class Broker(ABC):
         """
 
     @abstractmethod
+    def nudge(self) -> None:
+        """Call ``deliver`` soon, if only with nothing. Takes no lock. A broker that holds nothing outside need not."""
+
+    @abstractmethod
     def close(self) -> None:
         """Give back connections and threads. A closed broker may be used again."""
 

@@ -51,5 +51,8 @@ class MemoryBroker(Broker):
     def wait_subscribed(self, channels: Iterable[str], timeout: float) -> None:
         """Return at once: ``subscribe()`` is all there is to it."""
 
+    def nudge(self) -> None:
+        """Do nothing: what is subscribed here costs nobody anything."""
+
     def close(self) -> None:
         self._channels.clear()

@@ -108,6 +108,11 @@ class RedisBroker(Broker):
             why = self._why_not(channels) or f"no confirmation from Redis within {timeout} s"
         raise RedisUnavailable(f"Cannot subscribe to {', '.join(map(repr, sorted(channels)))}: {why}")
 
+    def nudge(self) -> None:
+        reader = self._reader
+        if reader is not None:
+            reader.nudge()
+
     def close(self) -> None:
         with self._state:
             reader, self._reader = self._reader, None
@@ -195,6 +200,8 @@ class _Reader:
         self._watched: socket.socket | None = None
         #: Whether what is wanted may have changed since the thread last looked.
         self._changed = True
+        #: Whether a delivery is wanted though nothing may have come.
+        self._nudged = False
         #: Whether somebody waits for the next attempt to connect.
         self._hurry = False
         #: Connections that failed in a row.
@@ -212,6 +219,11 @@ class _Reader:
         # Full of unheard rings, or just closed by a thread that ends: one more ring would tell nothing new.
         with contextlib.suppress(OSError):
             self._bell.send(b"\0")
+
+    def nudge(self) -> None:
+        """Make the thread deliver, if only nothing. From any thread; takes no lock."""
+        self._nudged = True
+        self.ring()
 
     def stop(self) -> None:
         """End the thread and wait for it, unless the caller is that thread."""
@@ -263,12 +275,8 @@ class _Reader:
         heard = time.monotonic()
         pinged = False
         while True:
-            if self._changed:
-                self._changed = False
-                wanted = self._broker.wants(self, told)
-                if wanted is None:
-                    return
-                self._tell(pubsub, told, wanted)
+            if not self._attend(pubsub, told):
+                return
             now = time.monotonic()
             if self._read(pubsub):
                 heard, pinged = now, False
@@ -286,6 +294,19 @@ class _Reader:
             if pubsub.connection is not None and not self._watch(pubsub.connection):
                 timeout = POLL_INTERVAL
             self._hear(timeout)
+
+    def _attend(self, pubsub: Any, told: set[str]) -> bool:
+        """Do what the thread was rung for. Whether it shall go on."""
+        if self._changed:
+            self._changed = False
+            wanted = self._broker.wants(self, told)
+            if wanted is None:
+                return False
+            self._tell(pubsub, told, wanted)
+        if self._nudged:
+            self._nudged = False
+            self._broker.deliver([])
+        return True
 
     def _tell(self, pubsub: Any, told: set[str], wanted: set[str]) -> None:
         gone = told - wanted
