@@ -192,6 +192,7 @@ class Listener:
         if self.subscription.ended is None:
             self.subscription.ended = "abandoned"
             self._runtime.abandon(self.subscription)
+            _ring([self.subscription])
 
     # The response was dropped unclosed: the client left while the view ran, or a middleware answered instead.
     __del__ = leave
