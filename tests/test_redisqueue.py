@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import redis
+from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured, PermissionDenied
 from django.db import transaction
@@ -178,6 +179,24 @@ def test_asend_event_sends_and_does_not_block_the_loop(sent):
 
 
 @needs_loops
+@needs_loops
+@pytest.mark.parametrize("on_commit", [False, True])
+def test_asend_event_keeps_to_the_thread_of_the_transaction_if_that_matters(on_commit):
+    threads = []
+
+    async def main():
+        await sync_to_async(lambda: threads.append(threading.get_ident()))()
+        await asend_event("news", "1", "room", on_commit=on_commit)
+
+    def send(*args, **kwargs):
+        threads.append(threading.get_ident())
+
+    with mock.patch.object(redisqueue, "send_event", send):
+        asyncio.run(main())
+    database, sent = threads
+    assert (sent == database) is on_commit
+
+
 def test_asend_event_raises_what_send_event_does():
     async def main(**kwargs):
         await asend_event(**{"event_name": "a", "data": "1", **kwargs})

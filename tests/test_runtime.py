@@ -691,3 +691,19 @@ def test_a_process_with_open_streams_ends_when_it_should(redis_server):
 def test_the_queue_module_asks_for_the_runtime_of_its_settings(fresh):
     with override_settings(REDIS_SSEQUEUE_CONNECTION_SETTINGS={"location": "memory:"}):
         assert isinstance(redisqueue._runtime().broker, MemoryBroker)
+
+
+def test_a_process_that_ends_has_ended_its_reader_before(redis_server):
+    script = """
+        import atexit, sys, threading
+        atexit.register(lambda: print([thread.name for thread in threading.enumerate() if "sse" in thread.name]))
+        from django.conf import settings
+        settings.configure(REDIS_SSEQUEUE_CONNECTION_SETTINGS={"location": sys.argv[1]})
+        from django_sse import redisqueue
+        listener = redisqueue._runtime().open(["a"], max_events=1, max_bytes=1)
+        print([thread.name for thread in threading.enumerate() if "sse" in thread.name])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), redis_server.location]
+    root = Path(__file__).parent.parent
+    outcome = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=30)
+    assert (outcome.stdout, outcome.stderr) == ("['django-sse-redis']\n[]\n", "")

@@ -5,7 +5,9 @@ import gc
 import threading
 
 import pytest
+from asgiref.sync import sync_to_async
 from django.core.exceptions import ImproperlyConfigured
+from django.db import connections
 from django.http import HttpResponse, HttpResponseForbidden, StreamingHttpResponse
 from django.test import AsyncClient, AsyncRequestFactory, RequestFactory, override_settings
 from django.urls import path
@@ -577,3 +579,24 @@ def test_a_request_that_another_package_has_wrapped_is_still_one_of_an_event_loo
     response = view.dispatch(Wrapper(AsyncRequestFactory().get("/")))
     assert response.is_async
     response.close()
+
+
+@needs_loops
+def test_the_thread_of_a_sync_iterator_closes_its_database_connections():
+    threads = []
+
+    class Asks(BaseSseView):
+        def iterator(self):
+            threads.append(threading.get_ident())
+            # This thread's own. (SQLite in memory, which the tests use, has nothing to close.)
+            connections["default"].close = lambda: threads.append(threading.get_ident())
+            yield
+
+    async def main():
+        response = Asks.as_view()(AsyncRequestFactory().get("/"))
+        assert [chunk async for chunk in response] == [b"retry: 2000\n\n"]
+        await sync_to_async(response.close)()
+        await soon(lambda: len(threads) == 2)
+
+    asyncio.run(main())
+    assert threads[0] == threads[1] != threading.get_ident()

@@ -76,3 +76,27 @@ def test_a_delivery_may_publish(broker):
     broker.deliver = deliver
     broker.publish("news", "text")
     assert collector.got == [("log", "delivered"), ("news", "text")]
+
+
+def test_one_publisher_at_a_time_delivers(broker):
+    broker.subscribe("news")
+    inside, go, got = threading.Event(), threading.Event(), []
+
+    def deliver(batch):
+        got.append(("begin", batch[0][1]))
+        if len(got) == 1:
+            inside.set()
+            go.wait(10)
+        got.append(("end", batch[0][1]))
+
+    broker.deliver = deliver
+    first = threading.Thread(target=broker.publish, args=("news", "1"))
+    first.start()
+    inside.wait(10)
+    second = threading.Thread(target=broker.publish, args=("news", "2"))
+    second.start()
+    second.join(0.1)  # long enough for it to get in, were it let in
+    go.set()
+    first.join(10)
+    second.join(10)
+    assert got == [("begin", "1"), ("end", "1"), ("begin", "2"), ("end", "2")]

@@ -922,3 +922,13 @@ def test_the_reader_says_in_the_log_that_it_is_a_warning_and_not_an_error(redis_
     admin.client_kill_filter(_type="pubsub")
     until(lambda: logged(caplog, "is back"), what="the line that says so")
     assert {record.levelno for record in caplog.records if record.name == "django_sse"} == {logging.WARNING}
+
+
+def test_the_reader_gives_way_after_each_delivery(broker, monkeypatch):
+    """Among greenlets it would never be interrupted while events keep coming."""
+    subscribe(broker, "news")
+    gave_way, sleep = [], time.sleep
+    monkeypatch.setattr(redis_broker.time, "sleep", lambda seconds: (gave_way.append(seconds), sleep(seconds)))
+    broker.publish("news", "1")
+    broker.deliver.wait_for("news", "1")
+    until(lambda: 0 in gave_way, what="sleep(0) after the delivery")
