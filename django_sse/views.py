@@ -13,6 +13,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, It
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
+from django.core.handlers.asgi import ASGIRequest
 from django.db import connections
 from django.http import HttpRequest, HttpResponse, HttpResponseNotAllowed, StreamingHttpResponse
 from django.http.response import HttpResponseBase
@@ -59,7 +60,11 @@ class BaseSseView(View):
 
     @classmethod
     def as_view(cls, **initkwargs: Any) -> Callable[..., HttpResponseBase]:
-        """Return the view function, as ``View.as_view()`` does."""
+        """Return the view function, as ``View.as_view()`` does.
+
+        Whatever ``dispatch()`` streams is made to fit the server. A client beyond ``DJANGO_SSE["THREADS"]`` is told to
+        come again: an ``EventSource`` by an empty stream, others by status 503.
+        """
         view = super().as_view(**initkwargs)
 
         # Around dispatch() and not in it: a subclass may write its own and build the response there.
@@ -173,8 +178,8 @@ class BaseSseView(View):
 
 
 def _on_loop(request: HttpRequest | None) -> bool:
-    # Not by its class, for other packages wrap requests.
-    return hasattr(request, "scope")
+    # Django REST framework wraps requests, and keeps Django's own under this name.
+    return isinstance(getattr(request, "_request", request), ASGIRequest)
 
 
 def _stream(source: Source, request: HttpRequest | None) -> Stream:

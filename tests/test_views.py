@@ -567,7 +567,7 @@ def test_a_browser_beyond_the_limit_is_told_to_come_again_and_another_client_tha
     kept.close()
 
 
-def test_a_request_that_another_package_has_wrapped_is_still_one_of_an_event_loop():
+def test_a_request_that_rest_framework_has_wrapped_is_still_one_of_an_event_loop():
     class Wrapper:
         def __init__(self, request):
             self._request = request
