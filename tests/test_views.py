@@ -5,7 +5,6 @@ import gc
 import threading
 
 import pytest
-from asgiref.sync import sync_to_async
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.http import HttpResponse, HttpResponseForbidden, StreamingHttpResponse
@@ -593,9 +592,11 @@ def test_the_thread_of_a_sync_iterator_closes_its_database_connections():
             yield
 
     async def main():
-        response = Asks.as_view()(AsyncRequestFactory().get("/"))
-        assert [chunk async for chunk in response] == [b"retry: 2000\n\n"]
-        await sync_to_async(response.close)()
+        view = Asks()
+        view.setup(AsyncRequestFactory().get("/"))
+        stream = view._iterator()
+        assert [chunk async for chunk in stream] == ["retry: 2000\n\n"]
+        stream.close()
         await soon(lambda: len(threads) == 2)
 
     asyncio.run(main())
