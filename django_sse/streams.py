@@ -141,15 +141,18 @@ class _Here:
 
     def close(self) -> None:
         self._closed = True
-        if self._steps is None:
+        # Once: an iterator of the user's own need not know that it may be closed again.
+        steps, self._steps = self._steps, iter(())
+        if steps is None:
             self._source.discard()
             return
         try:
-            getattr(self._steps, "close", _nothing)()
+            getattr(steps, "close", _nothing)()
         except ValueError as error:
             # Python's own refusal. It is in the middle of a step, by another thread, which closes it when that is over.
             if str(error) != "generator already executing":
                 raise
+            self._steps = steps
 
 
 class _Await:
