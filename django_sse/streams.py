@@ -308,13 +308,21 @@ class _InLoop:
             self._loop.call_soon_threadsafe(self._asked.put_nowait, None)
 
 
-class _Wait:
-    """A mailbox, waited for by the thread that asks."""
+class _Mail:
+    """A mailbox as the stream: what its two drivers share."""
 
     def __init__(self, source: Source, workers: Workers) -> None:
+        assert source.mailbox is not None, "a source without an iterator has a mailbox"
         self._source = source
         self._chunks = iter(source.first)
-        self._inbox = Inbox(_mailbox_of(source))
+        self._inbox = Inbox(source.mailbox)
+
+    def close(self) -> None:
+        self._inbox.mailbox.close()
+
+
+class _Wait(_Mail):
+    """A mailbox, waited for by the thread that asks."""
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
@@ -327,17 +335,9 @@ class _Wait:
             raise StopIteration
         return self._source.frames(taken)
 
-    def close(self) -> None:
-        self._inbox.mailbox.close()
 
-
-class _AwaitMail:
+class _AwaitMail(_Mail):
     """A mailbox, awaited by the task that asks."""
-
-    def __init__(self, source: Source, workers: Workers) -> None:
-        self._source = source
-        self._chunks = iter(source.first)
-        self._inbox = Inbox(_mailbox_of(source))
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
         return self
@@ -349,9 +349,6 @@ class _AwaitMail:
         if taken is None:
             raise StopAsyncIteration
         return self._source.frames(taken)
-
-    def close(self) -> None:
-        self._inbox.mailbox.close()
 
 
 def _nothing() -> None:
@@ -365,11 +362,6 @@ async def _anothing() -> None:
 def _hidden_from_django(error: TypeError) -> RuntimeError:
     # Under ASGI, Django takes a TypeError for the news that the iterator is not async, and starts it over, warning.
     return RuntimeError(f"The iterator of a stream raised TypeError: {error}")
-
-
-def _mailbox_of(source: Source) -> Mailbox:
-    assert source.mailbox is not None, "a source without an iterator has a mailbox"
-    return source.mailbox
 
 
 #: What ``iterator()`` gives x how the server asks for the next chunk.
