@@ -12,7 +12,7 @@ import functools
 import json
 import os
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from typing import Any, ClassVar
 
 import redis
@@ -28,22 +28,17 @@ from . import runtime
 from .brokers.base import Broker
 from .brokers.memory import MemoryBroker
 from .brokers.redis import RedisBroker
-from .conf import CONNECTION_SETTING, check_heartbeat, configuration
+from .conf import check_heartbeat, configuration
 from .event import Event, encode_payload
 from .exceptions import BrokerUnavailable
 from .inbox import Inbox
+from .location import MEMORY, freeze, make_pool
 from .streams import Stream
 from .views import BaseSseView
 from .wire import Sse
 from .workers import on_unpatched_gevent
 
 __all__ = ["RedisQueueView", "asend_event", "send_event"]
-
-MEMORY = "memory:"
-
-_EXAMPLE = f"""    {CONNECTION_SETTING} = {{"location": "localhost:6379"}}
-or, for a single process without Redis (development, tests):
-    {CONNECTION_SETTING} = {{"location": "memory:"}}"""
 
 
 def __getattr__(name: str) -> Any:
@@ -72,10 +67,10 @@ class ConnectionPoolManager:
         ``location``: ``host:port``, ``[v6]:port``, ``unix:/path``, or a ``redis://``, ``rediss://`` or ``unix://`` URL.
         ``options`` go to redis-py's pool and connections as they are. Raises ``ImproperlyConfigured``.
         """
-        key = _freeze(kwargs)
+        key = freeze(kwargs)
         with cls._lock:
             if key not in cls.pools:
-                cls.pools[key] = _make_pool(kwargs)
+                cls.pools[key] = make_pool(kwargs)
             return cls.pools[key]
 
 
@@ -84,73 +79,6 @@ def _forget_after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_after_fork)
-
-
-def _make_pool(kwargs: Mapping[str, Any]) -> redis.ConnectionPool:
-    location = _location(kwargs)
-    options = {
-        # redis-py stops at 100 connections, which a program with a connection of its own for each client exceeds.
-        "max_connections": 2**31,
-        "db": _db(kwargs),
-        "password": kwargs.get("password"),
-        **kwargs.get("options", {}),
-    }
-    if "://" in location:
-        try:
-            # What the URL says counts; what it leaves open, the other keys fill in.
-            return redis.ConnectionPool.from_url(location, **options)
-        except ValueError as error:
-            raise _bad_location(location) from error
-    if location.startswith("unix:/"):
-        return redis.ConnectionPool(
-            connection_class=redis.UnixDomainSocketConnection, path=location.removeprefix("unix:"), **options
-        )
-    host, port = _host_and_port(location)
-    return redis.ConnectionPool(host=host, port=port, **options)
-
-
-def _db(kwargs: Mapping[str, Any]) -> int:
-    db = kwargs.get("db") or 0
-    try:
-        return int(db)
-    except (TypeError, ValueError):
-        raise ImproperlyConfigured(f"`db` in {CONNECTION_SETTING} must be a number, not {db!r}.") from None
-
-
-def _location(kwargs: Mapping[str, Any]) -> str:
-    location = kwargs.get("location")
-    if not location:
-        raise ImproperlyConfigured(
-            f"There is no `location` in {CONNECTION_SETTING}. Put this into your settings:\n{_EXAMPLE}"
-        )
-    if not isinstance(location, str):
-        raise _bad_location(location)
-    return location
-
-
-def _host_and_port(location: str) -> tuple[str, int]:
-    host, separator, port = location.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    number = int(port) if port.isascii() and port.isdigit() else -1
-    if not separator or not host or (":" in host and not bracketed) or not 0 < number < 65536:
-        raise _bad_location(location)
-    return host.strip("[]"), number
-
-
-def _bad_location(location: object) -> ImproperlyConfigured:
-    return ImproperlyConfigured(
-        f"Invalid `location` in {CONNECTION_SETTING}: {location!r}. It is host:port, [ipv6]:port, unix:/path, or a "
-        f"redis://, rediss:// or unix:// URL. For example:\n{_EXAMPLE}"
-    )
-
-
-def _freeze(value: Any) -> Any:
-    """Return something hashable that is equal for equal ``value``, whatever the order of its keys."""
-    if isinstance(value, Mapping):
-        return frozenset((key, _freeze(item)) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_freeze, value))
-    return (type(value).__name__, value) if value.__hash__ is not None else repr(value)
 
 
 def _connect() -> redis.Redis:
@@ -169,7 +97,7 @@ def _runtime() -> runtime.Runtime:
         return runtime.get(MEMORY, MemoryBroker)
     if connect is _own_connect:
         ConnectionPoolManager.connection_pool(**kwargs)  # a wrong setting is the caller's to see, not a thread's
-    return runtime.get((_freeze(kwargs), connect), _redis_broker)
+    return runtime.get((freeze(kwargs), connect), _redis_broker)
 
 
 def _redis_broker() -> Broker:
