@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import logging
 import os
 import threading
@@ -126,8 +127,9 @@ class Runtime:
         self.broker.nudge()
 
     def _reap(self) -> None:
-        while self._abandoned:
-            self.end(self._abandoned.popleft(), "abandoned")
+        with contextlib.suppress(IndexError):  # when another thread was quicker, too
+            while self._abandoned:
+                self.end(self._abandoned.popleft(), "abandoned")
 
     def close(self) -> None:
         """End every stream and give back the broker's connections."""
@@ -144,7 +146,7 @@ class Runtime:
             return {"channels": len(self._hub.channels), "subscriptions": len(self._hub.subscriptions)}
 
     def _give_time(self) -> None:
-        """Let the crowded clients take what waits for them; those that do not are slow, and not waited for again."""
+        """Let the crowded clients take what waits for them; those that do not are slow until they have caught up."""
         try:
             asyncio.get_running_loop()
         except RuntimeError:
