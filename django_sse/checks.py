@@ -21,6 +21,12 @@ def check_settings(app_configs: Sequence[Any] | None, **kwargs: Any) -> list[Che
         lambda: configuration.retry,
         lambda: configuration.mailbox,
         lambda: configuration.threads,
+        lambda: configuration.max_age,
+        lambda: configuration.stall_timeout,
+        lambda: configuration.max_streams,
+        lambda: configuration.max_streams_per_user,
+        lambda: configuration.shutdown_window,
+        lambda: configuration.channel_prefix,
     ]
     try:
         unknown = configuration.unknown

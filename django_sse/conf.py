@@ -19,7 +19,7 @@ CONNECTION_SETTING = "REDIS_SSEQUEUE_CONNECTION_SETTINGS"
 CHANNEL_SETTINGS = ("REDIS_SSEQUEUE_CHANNEL_NAME", "REDIS_SSEQUEUE_CHANEL_NAME")
 
 DEFAULTS: dict[str, Any] = {
-    # Seconds of silence after which a queue view sends a comment; None: never. Proxies cut at 30 to 60 s of silence.
+    # Seconds of silence after which a stream sends a comment; None: never. Proxies cut at 30 to 60 s of silence.
     "HEARTBEAT": 15,
     # Milliseconds after which a browser reconnects.
     "RETRY": 2000,
@@ -27,6 +27,18 @@ DEFAULTS: dict[str, Any] = {
     "MAILBOX": {"EVENTS": 256, "BYTES": 1024 * 1024},
     # Sync iterators that stream at one time in one ASGI process, each in a thread.
     "THREADS": 256,
+    # Seconds after which a stream ends, give or take 20 %, and the browser reconnects; None: never.
+    "MAX_AGE": None,
+    # Seconds after which a client that does not read what it was sent is given up; None: never.
+    "STALL_TIMEOUT": 30,
+    # Streams that may be open in one process, and in one process for one user; None: no limit.
+    "MAX_STREAMS": 10_000,
+    "MAX_STREAMS_PER_USER": None,
+    # Seconds over which the open streams are ended when the process is told to stop. Where the code is being changed
+    # (DEBUG), a restart waits for nobody.
+    "SHUTDOWN_WINDOW": 5,
+    # What stands before every channel's name in the broker.
+    "CHANNEL_PREFIX": "",
 }
 
 
@@ -49,7 +61,7 @@ class Configuration:
     @property
     def heartbeat(self) -> float | None:
         """Seconds of silence before a heartbeat; ``None``: no heartbeats."""
-        return check_heartbeat('DJANGO_SSE["HEARTBEAT"]', self._get("HEARTBEAT"))
+        return check_seconds('DJANGO_SSE["HEARTBEAT"]', self._get("HEARTBEAT"), "for no heartbeats")
 
     @property
     def retry(self) -> int:
@@ -74,9 +86,53 @@ class Configuration:
         return _whole('DJANGO_SSE["THREADS"]', self._get("THREADS"), least=1)
 
     @property
+    def max_age(self) -> float | None:
+        """Seconds after which a stream ends, give or take 20 %; ``None``: never."""
+        return check_seconds('DJANGO_SSE["MAX_AGE"]', self._get("MAX_AGE"), "for no limit")
+
+    @property
+    def stall_timeout(self) -> float | None:
+        """Seconds for which a client may leave unread what it was sent; ``None``: for ever."""
+        return check_seconds('DJANGO_SSE["STALL_TIMEOUT"]', self._get("STALL_TIMEOUT"), "for no limit")
+
+    @property
+    def max_streams(self) -> int | None:
+        """How many streams may be open in a process."""
+        return self._limit("MAX_STREAMS")
+
+    @property
+    def max_streams_per_user(self) -> int | None:
+        """How many streams may be open for one user in a process."""
+        return self._limit("MAX_STREAMS_PER_USER")
+
+    @property
+    def shutdown_window(self) -> float:
+        """Seconds over which the open streams are ended when the process is told to stop."""
+        if "SHUTDOWN_WINDOW" not in self._given() and settings.DEBUG:
+            return 0
+        window = self._get("SHUTDOWN_WINDOW")
+        if isinstance(window, bool) or not isinstance(window, (int, float)) or not 0 <= window <= threading.TIMEOUT_MAX:
+            raise ImproperlyConfigured(
+                f'DJANGO_SSE["SHUTDOWN_WINDOW"] must be a number of seconds, 0 or more, not {window!r}.'
+            )
+        return window
+
+    @property
+    def channel_prefix(self) -> str:
+        """What stands before every channel's name in the broker."""
+        prefix = self._get("CHANNEL_PREFIX")
+        if not isinstance(prefix, str) or not prefix.isprintable():
+            raise ImproperlyConfigured(f'DJANGO_SSE["CHANNEL_PREFIX"] must be text, such as "shop:", not {prefix!r}.')
+        return prefix
+
+    @property
     def unknown(self) -> list[str]:
         """Keys of ``DJANGO_SSE`` that mean nothing."""
         return sorted(str(key) for key in set(self._given()) - set(DEFAULTS))
+
+    def _limit(self, key: str) -> int | None:
+        value = self._get(key)
+        return None if value is None else _whole(f'DJANGO_SSE["{key}"]', value, least=1)
 
     def _get(self, key: str) -> Any:
         return self._given().get(key, DEFAULTS[key])
@@ -92,15 +148,13 @@ class Configuration:
 configuration = Configuration()
 
 
-def check_heartbeat(name: str, value: Any) -> float | None:
-    """Return ``value`` if it can be a heartbeat; ``name`` says in the error where it came from."""
+def check_seconds(name: str, value: Any, none: str) -> float | None:
+    """Return ``value`` if it is a time above 0; the error says where it came from (``name``) and what ``None`` is."""
     if value is None:
         return None
     # No thread can wait for longer than TIMEOUT_MAX, some centuries.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= threading.TIMEOUT_MAX:
-        raise ImproperlyConfigured(
-            f"{name} must be a number of seconds above 0, or None for no heartbeats, not {value!r}."
-        )
+        raise ImproperlyConfigured(f"{name} must be a number of seconds above 0, or None {none}, not {value!r}.")
     return value
 
 
