@@ -48,16 +48,19 @@ class Subscription:
         self._waiting.append((event, frame))
         self._bytes += len(frame)
 
-    def take(self, limit: int | None = None) -> list[tuple[Event, bytes]]:
-        """Return what waits, oldest first: all of it, or at most ``limit``."""
+    def take(self, limit: int | None = None, max_bytes: int | None = None) -> list[tuple[Event, bytes]]:
+        """Return what waits, oldest first: at most ``limit`` events, and no more after ``max_bytes`` bytes."""
         waiting = self._waiting
-        if limit is None or limit >= len(waiting):
+        if (limit is None or limit >= len(waiting)) and (max_bytes is None or max_bytes >= self._bytes):
             taken = list(waiting)
             waiting.clear()
             self._bytes = 0
         else:
-            taken = [waiting.popleft() for _ in range(limit)]
-            self._bytes -= sum(len(frame) for _, frame in taken)
+            taken, size = [], 0
+            while waiting and len(taken) != limit and (max_bytes is None or size < max_bytes):
+                taken.append(waiting.popleft())
+                size += len(taken[-1][1])
+            self._bytes -= size
         # Only who comes in vain has caught up: a slow client, too, takes all that waits now and then.
         if not taken and not waiting:
             self.slow = False

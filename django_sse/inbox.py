@@ -17,7 +17,7 @@ from typing import ClassVar, Protocol
 
 from .event import Event
 
-__all__ = ["Inbox", "Mailbox", "Mailboxes"]
+__all__ = ["Inbox", "LoopBell", "Mailbox", "Mailboxes"]
 
 
 class Mailbox(Protocol):
@@ -26,7 +26,7 @@ class Mailbox(Protocol):
     @property
     def ended(self) -> str | None: ...
     def wake_by(self, wake: Callable[[], None]) -> None: ...
-    def take(self, limit: int | None = None) -> list[tuple[Event, bytes]]: ...
+    def take(self, limit: int | None = None, max_bytes: int | None = None) -> list[tuple[Event, bytes]]: ...
     def close(self, reason: str = "client") -> None: ...
 
 
@@ -43,11 +43,11 @@ class Mailboxes:
         if self._closed:
             mailbox.close()
 
-    def close(self) -> None:
+    def close(self, reason: str = "client") -> None:
         """End them all, and those that come later."""
         self._closed = True
         for mailbox in self._opened:
-            mailbox.close()
+            mailbox.close(reason)
 
 
 class Inbox:
@@ -56,7 +56,7 @@ class Inbox:
     def __init__(self, mailbox: Mailbox) -> None:
         self.mailbox = mailbox
         self._thread_bell: threading.Event | None = None
-        self._loop_bell: _LoopBell | None = None
+        self._loop_bell: LoopBell | None = None
 
     def wait(self, timeout: float | None, limit: int | None = None) -> list[tuple[Event, bytes]] | None:
         """Return the next events, at most ``limit``; none after ``timeout`` seconds of silence; ``None`` at the end."""
@@ -78,7 +78,7 @@ class Inbox:
         """Return what ``wait()`` does, without blocking the running loop."""
         bell = self._loop_bell
         if bell is None:
-            bell = self._loop_bell = _LoopBell()
+            bell = self._loop_bell = LoopBell()
             self.mailbox.wake_by(bell.ring)
         while True:
             bell.clear()
@@ -87,16 +87,11 @@ class Inbox:
                 return taken
             if self.mailbox.ended is not None:
                 return None
-            if not bell.rung:
-                try:
-                    await bell.begin(timeout)
-                finally:
-                    bell.end()
-                if not bell.rung:
-                    return []
+            if not await bell.wait(timeout):
+                return []
 
 
-class _LoopBell:
+class LoopBell:
     """An event that any thread may set, for one task at a time to await. Rings of one moment share one loop wake-up."""
 
     __slots__ = ("_alarm", "deadline", "future", "rung")
@@ -115,6 +110,15 @@ class _LoopBell:
 
     def clear(self) -> None:
         self.rung = False
+
+    async def wait(self, timeout: float | None) -> bool:
+        """Return whether it was rung since ``clear()``, waiting for that for at most ``timeout`` seconds."""
+        if not self.rung:
+            try:
+                await self.begin(timeout)
+            finally:
+                self.end()
+        return self.rung
 
     def begin(self, timeout: float | None) -> asyncio.Future[None]:
         """Return what to await: done when it is rung, or after ``timeout`` seconds, or up to a quarter more."""
@@ -145,14 +149,16 @@ class _LoopAlarm:
 
     #: Seconds between two sweeps at most; a quarter of the shortest timeout, if that is less.
     INTERVAL = 1.0
+    #: Seconds between two sweeps at least.
+    LEAST = 0.01
 
     _alarms: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopAlarm]] = weakref.WeakKeyDictionary()
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
-        self._rung: deque[_LoopBell] = deque()
+        self._rung: deque[LoopBell] = deque()
         self._called = False
-        self._timed: set[_LoopBell] = set()
+        self._timed: set[LoopBell] = set()
         self._interval = math.inf
         self._sweeper: asyncio.TimerHandle | None = None
 
@@ -164,7 +170,7 @@ class _LoopAlarm:
             alarm = cls._alarms[loop] = cls(loop)
         return alarm
 
-    def add(self, bell: _LoopBell) -> None:
+    def add(self, bell: LoopBell) -> None:
         """Have ``bell`` answered soon. From any thread."""
         self._rung.append(bell)
         if not self._called:
@@ -184,11 +190,12 @@ class _LoopAlarm:
             if bell.rung:
                 bell.answer()
 
-    def sweep_for(self, bell: _LoopBell, timeout: float) -> None:
+    def sweep_for(self, bell: LoopBell, timeout: float) -> None:
         """Have ``bell`` answered when its deadline, ``timeout`` seconds from now, has passed. In the loop."""
         self._timed.add(bell)
-        if timeout / 4 < self._interval:
-            self._interval = min(self.INTERVAL, timeout / 4)
+        interval = max(self.LEAST, min(self.INTERVAL, timeout / 4))
+        if interval < self._interval:
+            self._interval = interval
             self._sweep_later(asyncio.get_running_loop())
 
     def _sweep_later(self, loop: asyncio.AbstractEventLoop) -> None:

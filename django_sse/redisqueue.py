@@ -28,7 +28,8 @@ from . import runtime
 from .brokers.base import Broker
 from .brokers.memory import MemoryBroker
 from .brokers.redis import RedisBroker
-from .conf import check_heartbeat, configuration
+from .conf import configuration
+from .database import arelease_idle, release_idle
 from .event import Event, encode_payload
 from .exceptions import BrokerUnavailable
 from .inbox import Inbox
@@ -123,7 +124,8 @@ def send_event(
         data = str(data)
     payload = encode_payload(event_name, data, dumps=_dumps)
     name = _current("DEFAULT_CHANNEL") if channel is None else channel
-    publish = functools.partial(_runtime().broker.publish, _checked_channel(name), payload)
+    name = configuration.channel_prefix + _checked_channel(name)
+    publish = functools.partial(_runtime().broker.publish, name, payload)
     if on_commit:
         transaction.on_commit(publish, using=using)
     else:
@@ -166,10 +168,9 @@ class RedisQueueView(BaseSseView):
 
     #: The channel, unless ``get_redis_channel()`` says otherwise. Not set: the default channel of the settings.
     redis_channel: Any = classproperty(lambda cls: _current("DEFAULT_CHANNEL"))
-    #: Seconds of silence before a heartbeat; ``None``: no heartbeats. Not set: ``DJANGO_SSE["HEARTBEAT"]``.
-    heartbeat: Any = classproperty(lambda cls: configuration.heartbeat)
 
     _steps: _Steps | None = None
+    _subscribed: Iterable[str] = ()
 
     def get_redis_channel(self) -> str | Iterable[str]:
         """Return the channel that this request listens to, or a list of channels."""
@@ -202,14 +203,16 @@ class RedisQueueView(BaseSseView):
         else:
             self._steps = steps
 
+    def _channels(self) -> Iterable[str]:
+        return self._subscribed
+
     def _has_own_iterator(self) -> bool:
         return getattr(self.iterator, "__func__", None) is not RedisQueueView.iterator
 
     def _stream(self, iterator: Iterable[object] | AsyncIterable[object] | None, **source: Any) -> Stream:
         if isinstance(iterator, _Steps) and iterator.mailbox is not None and type(self.sse) in (Sse, PlainSse):
             # Nobody has a say in each event, so that every client gets the same bytes.
-            heartbeat = check_heartbeat(f"{type(self).__name__}.heartbeat", self._option("heartbeat"))
-            return super()._stream(None, mailbox=iterator.mailbox, heartbeat=heartbeat)
+            return super()._stream(None, mailbox=iterator.mailbox)
         return super()._stream(iterator, **source)
 
 
@@ -235,9 +238,11 @@ class _Steps:
                 "others. Call gevent.monkey.patch_all() before anything else is imported."
             )
         self._channels = _names(self._view.get_redis_channel())
+        self._view._subscribed = self._channels
+        names = [configuration.channel_prefix + channel for channel in self._channels]
         max_events, max_bytes = configuration.mailbox
         try:
-            listener = _runtime().open(self._channels, max_events=max_events, max_bytes=max_bytes)
+            listener = _runtime().open(names, max_events=max_events, max_bytes=max_bytes)
             self._view._mailboxes.add(listener)
             self._inbox = Inbox(listener)
         except BrokerUnavailable as error:
@@ -258,6 +263,7 @@ class _Steps:
         if self._inbox is None and self._error is None:
             self.open()
         inbox = self._ready()
+        release_idle()
         taken = inbox.wait(None, 1)
         if taken is None:
             # The client has left, and this code runs in a thread that cannot be interrupted: end it as close() would.
@@ -270,7 +276,9 @@ class _Steps:
     async def __anext__(self) -> None:
         if self._inbox is None and self._error is None:
             await sync_to_async(self.open, thread_sensitive=False)()
-        taken = await self._ready().await_(None, 1)
+        inbox = self._ready()
+        await arelease_idle()
+        taken = await inbox.await_(None, 1)
         if taken is None:
             raise StopAsyncIteration
         self._add(taken)

@@ -8,7 +8,6 @@ holds up nobody.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
 import logging
 import os
@@ -101,10 +100,12 @@ class Runtime:
                 self._give_time()
         _ring(wake)
 
-    def take(self, subscription: Subscription, limit: int | None) -> list[tuple[Event, bytes]]:
-        """Return what waits for ``subscription``, at most ``limit`` events."""
+    def take(
+        self, subscription: Subscription, limit: int | None, max_bytes: int | None = None
+    ) -> list[tuple[Event, bytes]]:
+        """Return what waits for ``subscription``: at most ``limit`` events, and no more after ``max_bytes``."""
         with self._lock:
-            taken = subscription.take(limit)
+            taken = subscription.take(limit, max_bytes)
             if subscription in self._crowded and not subscription.crowded:
                 self._crowded.discard(subscription)
                 self._calm.notify_all()
@@ -181,9 +182,12 @@ class Listener:
         """Have ``wake`` called, by any thread, when there is something to take or the end has come."""
         self.subscription.wake = wake
 
-    def take(self, limit: int | None = None) -> list[tuple[Event, bytes]]:
-        """Return the events that wait, with their encoded form, oldest first; at most ``limit``."""
-        return self._runtime.take(self.subscription, limit)
+    def take(self, limit: int | None = None, max_bytes: int | None = None) -> list[tuple[Event, bytes]]:
+        """Return the events that wait, with their encoded form, oldest first.
+
+        At most ``limit`` of them, and no more after the one that makes it ``max_bytes``.
+        """
+        return self._runtime.take(self.subscription, limit, max_bytes)
 
     def close(self, reason: str = "client") -> None:
         """Give the subscription back. May be called again, and by any thread."""
@@ -241,5 +245,4 @@ def _reset_on_change(*, setting: str, **kwargs: Any) -> None:
 
 
 os.register_at_fork(after_in_child=_forget_after_fork)
-atexit.register(reset)
 setting_changed.connect(_reset_on_change, dispatch_uid="django_sse.runtime")

@@ -9,7 +9,8 @@ import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+import random
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
@@ -18,14 +19,18 @@ from django.db import connections
 from django.http import HttpRequest, HttpResponse, HttpResponseNotAllowed, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 from django.utils.decorators import method_decorator
+from django.utils.functional import classproperty
 from django.views.decorators.csrf import csrf_exempt
 from django.views.generic import View
 from sse import Sse as PlainSse
 
-from .conf import configuration
+from .conf import check_seconds, configuration
 from .exceptions import TooManyStreams
+from .feeds import Chunk, Source, flush_sse, has_own_iter
+from .handover import SCOPE_KEY, EventStreamResponse, Handover
 from .inbox import Mailboxes
-from .streams import Chunk, Source, Stream, flush_sse, has_own_iter
+from .registry import Account, StreamInfo, open_streams
+from .streams import Stream
 from .wire import Sse, retry
 from .workers import Workers, on_gevent
 
@@ -57,6 +62,16 @@ class BaseSseView(View):
     sse: PlainSse
     #: Milliseconds before the browser reconnects. ``None``: ``DJANGO_SSE["RETRY"]``.
     retry: int | None = None
+    #: Seconds of silence before a heartbeat; ``None``: no heartbeats. Not set: ``DJANGO_SSE["HEARTBEAT"]``. A plain
+    #: generator under WSGI has none: its thread can wait for one thing only.
+    heartbeat: Any = classproperty(lambda cls: configuration.heartbeat)
+    #: Seconds after which the stream ends, give or take 20 %; ``None``: never. Not set: ``DJANGO_SSE["MAX_AGE"]``.
+    max_age: Any = classproperty(lambda cls: configuration.max_age)
+    #: Seconds for which a client may leave unread what it was sent. Not set: ``DJANGO_SSE["STALL_TIMEOUT"]``.
+    stall_timeout: Any = classproperty(lambda cls: configuration.stall_timeout)
+
+    # Whether the chunks of iterator() go into another stream of this view, which speaks for both.
+    _has_stream = False
 
     @classmethod
     def as_view(cls, **initkwargs: Any) -> Callable[..., HttpResponseBase]:
@@ -86,6 +101,7 @@ class BaseSseView(View):
         if not self._allows("GET" if request.method == "HEAD" else request.method or ""):
             return HttpResponseNotAllowed([name.upper() for name in self.http_method_names])
         self.sse = self._buffer()
+        handover: Handover | None = None
         if request.method == "HEAD":
             stream = _nothing(request)
         else:
@@ -93,10 +109,14 @@ class BaseSseView(View):
                 self._open()
                 chunks = self._iterator()
                 stream = chunks if isinstance(chunks, Stream) else self._wrap(chunks)
-        response = StreamingHttpResponse(stream.for_server(), content_type="text/event-stream")
+            handover = _scope(request).get(SCOPE_KEY)
+        response = EventStreamResponse(stream.for_server(), handover)
         # no-transform keeps compressing proxies from holding events back, and X-Accel-Buffering does so for nginx.
         response["Cache-Control"] = "no-cache, no-transform"
         response["X-Accel-Buffering"] = "no"
+        # GZipMiddleware leaves alone what says how it is encoded. It would hold events back before Django 6.1, and take
+        # a compressor's memory for each stream since.
+        response["Content-Encoding"] = "identity"
         response["Software"] = "django-sse"
         return response
 
@@ -114,6 +134,14 @@ class BaseSseView(View):
             return value.encode("latin-1").decode()
         except UnicodeError:
             return value
+
+    def get_owner(self) -> Hashable:
+        """Return whose stream it is, for ``DJANGO_SSE["MAX_STREAMS_PER_USER"]``: by default the user's primary key.
+
+        ``None``, for somebody who is not logged in: not counted.
+        """
+        user = getattr(self.request, "user", None)
+        return user.pk if user is not None and user.is_authenticated else None
 
     def iterator(self) -> Iterable[object] | AsyncIterable[object]:
         """Fill ``self.sse`` and yield, again and again: each step sends what is in it. To be written by the subclass.
@@ -155,12 +183,49 @@ class BaseSseView(View):
 
     def _stream(self, iterator: Iterable[object] | AsyncIterable[object] | None, **source: Any) -> Stream:
         """Return the stream of the steps of ``iterator``, each of which flushes ``self.sse``."""
+        # Not counted: an instance that dispatch() has not seen, and a stream that speaks through another one.
+        counted = hasattr(self, "request") and not self._has_stream
+        if counted or iterator is None:
+            source["heartbeat"] = self._seconds("heartbeat", "for no heartbeats")
         source.update(first=self._first_chunks(), mailboxes=self._mailboxes)
-        return _stream(Source(iterator, lambda value: flush_sse(self.sse), **source), getattr(self, "request", None))
+        return self._counted(Source(iterator, _Flush(self), **source), counted=counted)
 
     def _wrap(self, chunks: Iterable[Any] | AsyncIterable[Any]) -> Stream:
         """Return the stream of the ``chunks`` that an ``_iterator()`` of a subclass gives."""
-        return _stream(Source(chunks, _as_it_is, first=self._first_chunks(), mailboxes=self._mailboxes), self.request)
+        self._has_stream = True
+        heartbeat = self._seconds("heartbeat", "for no heartbeats")
+        first = self._first_chunks()
+        return self._counted(
+            Source(chunks, _as_it_is, first=first, heartbeat=heartbeat, mailboxes=self._mailboxes), counted=True
+        )
+
+    def _counted(self, source: Source, *, counted: bool) -> Stream:
+        if not counted:
+            return _stream(source, getattr(self, "request", None))
+        owner_limit = configuration.max_streams_per_user
+        owner = None if owner_limit is None else self.get_owner()
+        info = StreamInfo(type(self), self.request.path, tuple(self._channels()), owner)
+        account = Account(info, self._option("retry") or configuration.retry)
+        stream = _stream(
+            source,
+            self.request,
+            account=account,
+            max_age=self._seconds("max_age", "for no limit"),
+            stall_timeout=self._seconds("stall_timeout", "for no limit"),
+        )
+        try:
+            open_streams.admit(stream, limit=configuration.max_streams, owner=owner, owner_limit=owner_limit)
+        except TooManyStreams:
+            stream.close()
+            raise
+        return stream
+
+    def _channels(self) -> Iterable[str]:
+        """Return what the stream listens to, for the log."""
+        return ()
+
+    def _seconds(self, name: str, none: str) -> float | None:
+        return check_seconds(f"{type(self).__name__}.{name}", self._option(name), none)
 
     def _first_chunks(self) -> Iterator[Chunk]:
         # What is there already (``retry``) leaves at once, unless the buffer's own iteration might wait for more.
@@ -182,7 +247,11 @@ def _on_loop(request: HttpRequest | None) -> bool:
     return isinstance(getattr(request, "_request", request), ASGIRequest)
 
 
-def _stream(source: Source, request: HttpRequest | None) -> Stream:
+def _scope(request: HttpRequest) -> Mapping[str, Any]:
+    return getattr(getattr(request, "_request", request), "scope", {})
+
+
+def _stream(source: Source, request: HttpRequest | None, **limits: Any) -> Stream:
     on_loop = _on_loop(request)
     if not on_loop and on_gevent() and source.kind(on_loop=False) == "async":
         raise ImproperlyConfigured(
@@ -190,14 +259,20 @@ def _stream(source: Source, request: HttpRequest | None) -> Stream:
             "every other request would seem to run inside its event loop. Write it as a plain generator (`def`, not "
             "`async def`), or serve this view through ASGI."
         )
-    return Stream(source, workers, on_loop=on_loop)
+    return Stream(source, workers, on_loop=on_loop, **limits)
 
 
 def _refuse(request: HttpRequest, error: TooManyStreams) -> HttpResponse:
-    log.warning("A stream is refused: %s", error)
+    log.log(logging.INFO if open_streams.draining else logging.WARNING, "A stream is refused: %s", error)
     if "text/event-stream" in request.headers.get("Accept", ""):
         # An EventSource takes any status but 200 for the end of all attempts (WHATWG HTML, section 9.2.3).
-        response = HttpResponse(retry(RETRY_AFTER * 1000), content_type="text/event-stream")
+        # Jitter, for clients that were refused in one moment must not come back in one moment. A process that stops is
+        # soon followed by the next.
+        milliseconds = configuration.retry if open_streams.draining else RETRY_AFTER * 1000
+        response = HttpResponse(
+            retry(milliseconds + random.randrange(1000)),
+            content_type="text/event-stream",
+        )
     else:
         response = HttpResponse(f"{error}\n", status=503, content_type="text/plain; charset=utf-8")
     response["Cache-Control"] = "no-store"
@@ -210,6 +285,8 @@ def _suit(response: HttpResponseBase, request: HttpRequest) -> HttpResponseBase:
     if not isinstance(response, StreamingHttpResponse):
         return response
     on_loop = _on_loop(request)
+    if response.headers.get("Content-Type", "").startswith("text/event-stream"):
+        response.headers.setdefault("Content-Encoding", "identity")
     if request.method == "HEAD":
         response.streaming_content = _nothing(request)
     elif response.is_async is not on_loop:
@@ -223,6 +300,24 @@ def _as_it_is(chunk: Any) -> Iterable[Chunk]:
 
 def _nothing(request: HttpRequest) -> Stream:
     return Stream(Source(_NoSteps(), lambda value: ()), workers, on_loop=_on_loop(request))
+
+
+class _Flush:
+    """Gives what the view's buffer holds."""
+
+    __slots__ = ("_buffer", "_view")
+
+    def __init__(self, view: BaseSseView) -> None:
+        self._view: Any = view
+        self._buffer: Any = None
+
+    def __call__(self, value: object) -> Iterable[Chunk]:
+        return flush_sse(self._buffer if self._view is None else self._view.sse)
+
+    def detach(self) -> None:
+        """Keep the buffer of this moment, and not the view."""
+        if self._view is not None:
+            self._view, self._buffer = None, self._view.sse
 
 
 class _NoSteps:

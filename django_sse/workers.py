@@ -7,7 +7,6 @@ such iterators share. Both are daemons: an endless iterator must not keep the pr
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import itertools
 import logging
@@ -24,8 +23,15 @@ __all__ = ["DONE", "Worker", "Workers", "in_worker", "on_gevent", "on_unpatched_
 
 log = logging.getLogger("django_sse")
 
+#: How the threads of workers are called, with a number after it.
+THREAD_NAME = "django-sse-stream"
 #: What a worker that has been stopped answers, and ``next()`` at the end.
 DONE = object()
+
+
+#: Takes what a call has returned, or what it has raised.
+Answer = Callable[[object, BaseException | None], None]
+Call = tuple[Callable[[], object], Answer]
 
 
 class Workers:
@@ -81,19 +87,20 @@ class Worker:
         self._thread: threading.Thread | None = None
         self._stopped = False
 
-    async def run(self, function: Callable[[], object]) -> object:
-        """Return what ``function`` returns or raises, called in the thread. One at a time."""
+    def call(self, function: Callable[[], object], answer: Answer) -> None:
+        """Call ``function`` in the thread, and there ``answer`` with what it returned and what it raised.
+
+        A worker that has been stopped answers ``DONE``.
+        """
         if self._stopped:
-            return DONE
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[object] = loop.create_future()
-        self._calls.put((function, loop, future))
+            answer(DONE, None)
+            return
+        self._calls.put((function, answer))
         if self._thread is None:
-            name = f"django-sse-stream-{next(self._number)}"
+            name = f"{THREAD_NAME}-{next(self._number)}"
             # Daemon: an endless iterator must not keep the process from ending.
             self._thread = threading.Thread(target=self._context.run, args=(self._work,), name=name, daemon=True)
             self._thread.start()
-        return await future
 
     def stop(self) -> None:
         """Close the iterator in its thread, after the step that is under way, and end the thread."""
@@ -126,39 +133,21 @@ class Worker:
         call = self._calls.get()
         if call is None:
             return False
-        function, loop, future = call
-        # Stopped since it was asked? It is answered all the same: a task may be waiting.
-        _answer((lambda: DONE) if self._stopped else function, loop, future)
+        function, answer = call
+        result: object = DONE
+        error: BaseException | None = None
+        if not self._stopped:  # since it was asked; it is answered all the same, for somebody may be waiting
+            try:
+                result = function()
+            # Whatever it is, it belongs to whoever waits for the answer.
+            except BaseException as caught:  # noqa: BLE001
+                error = caught
+        answer(result, error)
         return True
 
 
 def _nothing() -> None:
     """Stand in for the closing of an iterator that is another's."""
-
-
-Call = tuple[Callable[[], object], asyncio.AbstractEventLoop, "asyncio.Future[object]"]
-
-
-def _answer(function: Callable[[], object], loop: asyncio.AbstractEventLoop, future: asyncio.Future[object]) -> None:
-    result: object = None
-    error: BaseException | None = None
-    try:
-        result = function()
-    # Whatever it is, it belongs to whoever awaits the answer.
-    except BaseException as caught:  # noqa: BLE001
-        error = caught
-    # A loop that is closed awaits nothing any more.
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(_settle, future, result, error)
-
-
-def _settle(future: asyncio.Future[object], result: object, error: BaseException | None) -> None:
-    if future.done():  # cancelled: the client has left
-        return
-    if error is None:
-        future.set_result(result)
-    else:
-        future.set_exception(error)
 
 
 def in_worker() -> bool:

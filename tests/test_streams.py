@@ -1,4 +1,4 @@
-"""The table DRIVERS: what iterator() gives x how the server asks, each cell by itself."""
+"""The table FEEDS: what iterator() gives x how the server asks, each cell by itself."""
 
 import asyncio
 import contextvars
@@ -14,7 +14,8 @@ from django_sse.event import Event, encode_payload
 from django_sse.exceptions import BrokerUnavailable
 from django_sse.inbox import Mailboxes
 from django_sse.runtime import Runtime
-from django_sse.streams import DRIVERS, Source, Stream, flush_sse, has_own_iter
+from django_sse.feeds import FEEDS, Source, flush_sse, has_own_iter
+from django_sse.streams import Stream
 from django_sse.wire import Sse
 from django_sse.workers import Workers, in_worker
 from tests.helpers.loops import needs_loops, soon
@@ -173,8 +174,8 @@ def open_stream(workers, read):
 
 
 def test_the_table_has_a_driver_for_each_kind_and_each_server():
-    assert set(DRIVERS) == {"sync", "async", "mailbox"}
-    assert all(len(row) == 2 for row in DRIVERS.values())
+    assert set(FEEDS) == {"sync", "async", "mailbox"}
+    assert all(len(row) == 2 for row in FEEDS.values())
 
 
 @STEPPED

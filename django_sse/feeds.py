@@ -1,0 +1,495 @@
+"""Where a stream's chunks come from: the steps of an iterator, or a mailbox. Knows nothing of who asks.
+
+What ``iterator()`` gives meets how the server asks in one table, ``FEEDS``. A feed rings when there is something to
+take, works for one chunk at a time and only when asked, and may be closed by any thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from functools import partial
+from typing import Protocol
+
+import sse
+
+from .database import ThreadSensitiveContext, arelease_idle, stepping
+from .event import Event
+from .inbox import Mailbox, Mailboxes
+from .wire import Sse, comment
+from .workers import DONE, Workers, shared_loop
+
+__all__ = ["FEEDS", "Chunk", "Feed", "InTask", "Source", "flush_sse", "has_own_iter"]
+
+log = logging.getLogger("django_sse")
+
+Chunk = str | bytes
+_HEARTBEAT = comment()
+#: Bytes of waiting events that leave as one chunk: what a server may have to keep for a client that does not read.
+CHUNK_BYTES = 64 * 1024
+
+
+class Source:
+    """What a stream sends: the steps of ``iterator``, or a mailbox.
+
+    ``flush(value)`` gives the chunks that follow from one step, which yielded ``value``. ``first`` are the chunks that
+    are sent before the first step. With ``iterator`` ``None`` the events of ``mailbox`` are the stream. A comment
+    follows after every ``heartbeat`` seconds of silence, where the server can be waited beside. What is in
+    ``mailboxes`` ends with the stream.
+    """
+
+    __slots__ = ("first", "flush", "heartbeat", "iterator", "mailbox", "mailboxes", "text")
+
+    def __init__(
+        self,
+        iterator: Iterable[object] | AsyncIterable[object] | None,
+        flush: Callable[[object], Iterable[Chunk]],
+        *,
+        first: Iterable[Chunk] = (),
+        mailbox: Mailbox | None = None,
+        heartbeat: float | None = None,
+        mailboxes: Mailboxes | None = None,
+    ) -> None:
+        self.iterator = iterator
+        self.flush = flush
+        self.first = first
+        self.mailbox = mailbox
+        self.heartbeat = heartbeat
+        self.mailboxes = mailboxes or Mailboxes()
+        #: Whether chunks leave as text, for code that edits them, or as bytes.
+        self.text = True
+
+    def kind(self, *, on_loop: bool) -> str:
+        """Return the row of ``FEEDS``. What can be iterated in both ways takes the one that suits who asks."""
+        if self.iterator is None:
+            return "mailbox"
+        if hasattr(self.iterator, "__aiter__") and (on_loop or not hasattr(self.iterator, "__iter__")):
+            return "async"
+        return "sync"
+
+    def out(self, chunk: Chunk) -> Chunk:
+        """Return ``chunk`` in the form in which it shall leave."""
+        if isinstance(chunk, str):
+            return chunk if self.text else chunk.encode()
+        return chunk.decode() if self.text else chunk
+
+    def frames(self, taken: list[tuple[Event, bytes]]) -> Chunk:
+        """Return what is sent for the events taken from the mailbox: a heartbeat where there are none."""
+        rest = self.flush(None)
+        if len(taken) == 1 and not rest:
+            return self.out(taken[0][1])
+        frames = [frame for _, frame in taken] or [_HEARTBEAT]
+        frames += [chunk.encode() if isinstance(chunk, str) else chunk for chunk in rest]
+        return self.out(b"".join(frames))
+
+    def detach(self) -> None:
+        """Let go of the view, and with it of the request, where only its buffer is needed."""
+        getattr(self.flush, "detach", _nothing)()
+
+    def discard(self) -> None:
+        """Close an iterator that nobody has begun."""
+        getattr(self.iterator, "close", _nothing)()
+
+
+def flush_sse(buffer: sse.Sse) -> Iterable[Chunk]:
+    """Return what ``buffer`` holds, emptying it: one chunk, or as many as a subclass's own ``__iter__`` makes."""
+    if has_own_iter(buffer):
+        return iter(buffer)  # type: ignore[no-any-return]
+    # Mostly empty where a mailbox is the stream: that look is on the way of every event.
+    return ("".join(buffer),) if buffer._buffer else ()
+
+
+def has_own_iter(buffer: sse.Sse) -> bool:
+    """Whether the class of ``buffer`` decides itself what its iteration gives."""
+    return type(buffer).__iter__ not in (sse.Sse.__iter__, Sse.__iter__)
+
+
+class Feed(Protocol):
+    """What a stream takes its chunks from."""
+
+    #: Why nothing more comes, once what there is has been taken; ``None`` while it is open.
+    ended: str | None
+    #: What the iterator has raised.
+    error: BaseException | None
+    #: How many events, or steps that sent something, were taken.
+    events: int
+
+    def ring_by(self, ring: Callable[[], None]) -> None:
+        """Have ``ring`` called, by any thread, when there is something to take or the end has come."""
+
+    def take(self) -> Chunk | None:
+        """Return the next chunk; ``None`` where there is none yet: then it is being worked for, and will ring."""
+
+    def end(self, reason: str) -> None:
+        """Have it end as soon as it can, where whoever takes will come again."""
+
+    def close(self, reason: str) -> None:
+        """End it: run the iterator's ``finally``, here or where the iterator runs. Nobody takes any more."""
+
+    def drop(self) -> None:
+        """Do what ``close()`` does without taking a lock: the stream was collected."""
+
+    def leave(self) -> None:
+        """Leave the source to another feed, before anything was taken."""
+
+
+class _SyncSteps:
+    """The chunks of a sync iterator, stepped by the thread that asks."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._chunks: Iterator[Chunk] = iter(())
+        self._steps: Iterator[object] | None = None
+        self._over = False
+        self._closed = False
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        while not self._closed:
+            for chunk in self._chunks:
+                if chunk:
+                    return self._source.out(chunk)
+            if self._over:
+                break
+            with stepping():
+                self._chunks = iter(self._source.flush(self._step()))
+        if self._closed:
+            self.close()  # by another thread, which could not do so in the middle of a step
+        raise StopIteration
+
+    def _step(self) -> object:
+        if self._steps is None:
+            self._steps = iter(self._source.iterator)  # type: ignore[arg-type]
+        try:
+            return next(self._steps)
+        except (StopIteration, GeneratorExit):  # the latter where a mailbox was closed under its reader
+            self._over = True
+        return None
+
+    def stop(self) -> None:
+        """End after the step that is under way."""
+        self._closed = True
+
+    def close(self) -> None:
+        self._closed = True
+        # Once: an iterator of the user's own need not know that it may be closed again.
+        steps, self._steps = self._steps, iter(())
+        if steps is None:
+            self._source.discard()
+            return
+        try:
+            with stepping():
+                getattr(steps, "close", _nothing)()
+        except ValueError as error:
+            # Python's own refusal. It is in the middle of a step, by another thread, which closes it when that is over.
+            if str(error) != "generator already executing":
+                raise
+            self._steps = steps
+
+
+class _AsyncSteps:
+    """The chunks of an async iterator, awaited by the task that asks."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._chunks: Iterator[Chunk] = iter(())
+        self._steps: AsyncIterator[object] | None = None
+        self._over = False
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        while True:
+            for chunk in self._chunks:
+                if chunk:
+                    return self._source.out(chunk)
+            if self._over:
+                raise StopAsyncIteration
+            self._chunks = iter(self._source.flush(await self._step()))
+
+    async def _step(self) -> object:
+        if self._steps is None:
+            self._steps = aiter(self._source.iterator)  # type: ignore[arg-type]
+        try:
+            return await anext(self._steps)
+        except StopAsyncIteration:
+            self._over = True
+        finally:
+            await arelease_idle()
+        return None
+
+    @property
+    def begun(self) -> bool:
+        return self._steps is not None
+
+    async def aclose(self) -> None:
+        if self._steps is None:
+            self._source.discard()
+        else:
+            await getattr(self._steps, "aclose", _anothing)()
+
+
+class _Here:
+    """A sync iterator under a server of threads: stepped by the server's thread, which waits for nothing else."""
+
+    def __init__(self, source: Source, workers: Workers) -> None:
+        self._steps = _SyncSteps(source)
+        self.ended: str | None = None
+        self.error: BaseException | None = None
+        self.events = 0
+
+    def ring_by(self, ring: Callable[[], None]) -> None:
+        """Nobody waits beside a step."""
+
+    def take(self) -> Chunk | None:
+        try:
+            chunk = next(self._steps, None)
+        except Exception as error:  # noqa: BLE001  # whatever it is, it belongs to the stream's account
+            self.error = error
+            self.ended = self.ended or "error"
+            return None
+        if chunk is None:
+            self.ended = self.ended or "finished"
+        else:
+            self.events += 1
+        return chunk
+
+    def end(self, reason: str) -> None:
+        self.ended = self.ended or reason
+        self._steps.stop()
+
+    def close(self, reason: str) -> None:
+        self.ended = self.ended or reason
+        self._steps.close()
+
+    def drop(self) -> None:
+        """Its iterator is collected with it."""
+
+    def leave(self) -> None:
+        """There is nothing to give back."""
+
+
+class _Working:
+    """A feed whose steps happen elsewhere: what a thread's and a task's have in common."""
+
+    def __init__(self) -> None:
+        self.ended: str | None = None
+        self.error: BaseException | None = None
+        self.events = 0
+        self._chunk: Chunk | None = None
+        self._working = False
+        self._ring: Callable[[], None] = _nothing
+
+    def ring_by(self, ring: Callable[[], None]) -> None:
+        self._ring = ring
+
+    def take(self) -> Chunk | None:
+        chunk, self._chunk = self._chunk, None
+        if chunk is not None:
+            self.events += 1
+        elif self.ended is None and not self._working:
+            self._working = True
+            self._work()
+        return chunk
+
+    def _work(self) -> None:
+        """Begin the next step."""
+        raise NotImplementedError
+
+    def _done(self, chunk: object, error: BaseException | None = None) -> None:
+        """Take what a step has brought: a chunk, ``DONE``, or an error."""
+        if error is not None:
+            self.error = error
+            self.ended = self.ended or "error"
+        elif chunk is DONE:
+            self.ended = self.ended or "finished"
+        else:
+            self._chunk = chunk  # type: ignore[assignment]
+        self._working = False
+        self._ring()
+
+    def end(self, reason: str) -> None:
+        self.close(reason)
+
+    def close(self, reason: str) -> None:
+        self.ended = self.ended or reason
+        self._stop()
+        self._ring()
+
+    def _stop(self) -> None:
+        """Close the iterator where it runs, at once or after the step that is under way."""
+        raise NotImplementedError
+
+    def drop(self) -> None:
+        self._stop()
+
+    def leave(self) -> None:
+        """There is nothing to give back."""
+
+
+class _InThread(_Working):
+    """A sync iterator under an event loop: stepped, start to end, by a thread of its own."""
+
+    def __init__(self, source: Source, workers: Workers) -> None:
+        super().__init__()
+        self._steps = _SyncSteps(source)
+        self._worker = workers.hire(self._steps.close)
+
+    def _work(self) -> None:
+        self._worker.call(partial(next, self._steps, DONE), self._done)
+
+    def _stop(self) -> None:
+        self._steps.stop()  # where no step sends anything, none of them ends in the worker
+        self._worker.stop()
+
+    def leave(self) -> None:
+        self._worker.leave()
+
+
+class InTask(_Working):
+    """An async iterator under an event loop: awaited, start to end, by a task of its own.
+
+    One task for all steps, for what the iterator opens around a ``yield`` (a timeout, a task group) belongs to a task.
+    """
+
+    def __init__(self, source: Source, workers: Workers) -> None:
+        super().__init__()
+        self._source = source
+        self._steps = _AsyncSteps(source)
+        self._task: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._next: asyncio.Future[None] | None = None
+        self._cancelled = False
+        #: Whether the task is outside of Django's handler, where sync code has no thread of its own request.
+        self.outside = False
+
+    def _work(self) -> None:
+        if self._loop is None:
+            self._loop = self._get_loop()
+        self._begin()
+
+    def _get_loop(self) -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
+
+    def _begin(self) -> None:
+        if self._task is None:
+            assert self._loop is not None
+            self._task = self._loop.create_task(self._run())
+        elif self._next is not None and not self._next.done():
+            self._next.set_result(None)
+
+    async def _run(self) -> None:
+        if self.outside:
+            async with ThreadSensitiveContext():
+                await self._step_all()
+        else:
+            await self._step_all()
+
+    async def _step_all(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while self.ended is None:
+                chunk = await anext(self._steps, DONE)
+                self._next = loop.create_future()
+                self._done(chunk)
+                if chunk is DONE:
+                    break
+                await self._next
+        except asyncio.CancelledError:
+            if self.ended is None:  # not by close(): the loop itself ends
+                self.ended = "client"
+                raise
+        except Exception as error:  # noqa: BLE001  # whatever it is, it belongs to whoever takes
+            self._done(None, error)
+        finally:
+            try:
+                await self._steps.aclose()
+            except Exception:
+                log.exception("The iterator of a stream failed while it was closed")
+            self._ring()
+
+    def _stop(self) -> None:
+        if self._loop is None:
+            self._source.discard()
+        else:
+            with contextlib.suppress(RuntimeError):  # a loop that is closed has ended its tasks
+                self._loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        # Once: a second one would land in the iterator's ``finally``.
+        if self._task is not None and not self._cancelled:
+            self._cancelled = True
+            self._task.cancel()
+            if not self._steps.begun:
+                self._source.discard()
+
+
+class _InLoop(InTask):
+    """An async iterator under a server of threads: as in an event loop, in the one that all of them share."""
+
+    def _get_loop(self) -> asyncio.AbstractEventLoop:
+        return shared_loop()
+
+    def _work(self) -> None:
+        if self._loop is None:
+            self._loop = self._get_loop()
+        self._loop.call_soon_threadsafe(self._begin)
+
+
+class _Mail:
+    """A mailbox."""
+
+    def __init__(self, source: Source, workers: Workers) -> None:
+        assert source.mailbox is not None, "a source without an iterator has a mailbox"
+        self._source = source
+        self._mailbox = source.mailbox
+        self.ended: str | None = None
+        self.error: BaseException | None = None
+        self.events = 0
+
+    def ring_by(self, ring: Callable[[], None]) -> None:
+        self._mailbox.wake_by(ring)
+
+    def take(self) -> Chunk | None:
+        # The end first: what came before it may still be taken.
+        ended = self._mailbox.ended
+        taken = self._mailbox.take(max_bytes=CHUNK_BYTES)
+        if taken:
+            self.events += len(taken)
+            return self._source.frames(taken)
+        self.ended = ended
+        return None
+
+    def end(self, reason: str) -> None:
+        self._mailbox.close(reason)
+
+    def close(self, reason: str) -> None:
+        self._mailbox.close(reason)
+
+    def drop(self) -> None:
+        """The mailbox sees to itself."""
+
+    def leave(self) -> None:
+        """There is nothing to give back."""
+
+
+def _nothing() -> None:
+    """Stand in for what is not there."""
+
+
+async def _anothing() -> None:
+    """Stand in for the ``aclose()`` that an iterator does not have."""
+
+
+#: What ``iterator()`` gives x how the server asks for the next chunk.
+FEEDS: dict[str, tuple[Callable[[Source, Workers], Feed], Callable[[Source, Workers], Feed]]] = {
+    #           by a thread or greenlet (WSGI)   by an event loop (ASGI)
+    "sync": (_Here, _InThread),
+    "async": (_InLoop, InTask),
+    "mailbox": (_Mail, _Mail),
+}

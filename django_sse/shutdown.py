@@ -1,0 +1,177 @@
+"""How the open streams learn that their process is to stop: from the signal itself, before the server acts on it.
+
+Our handler stands in front of the server's own, never instead of it. With no stream open it hands the signal on as if
+it were not there; with some, these are ended first, over ``SHUTDOWN_WINDOW``, while the server goes on serving.
+"""
+
+from __future__ import annotations
+
+import _thread
+import asyncio
+import atexit
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from . import runtime
+from .conf import configuration
+from .registry import open_streams
+
+__all__ = ["at_stream", "drain", "install"]
+
+log = logging.getLogger("django_sse")
+
+#: What supervisors and terminals stop a process with, and gunicorn's master its workers.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGQUIT") if hasattr(signal, name)]
+#: What Python starts with: death, and ``KeyboardInterrupt``. SIGQUIT's default, a core dump, is nobody's wish to stop.
+DEFAULTS: dict[int, object] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+#: The handlers of event loops. A loop reads its signals from a file descriptor and has seen this one in any case.
+LOOPS = ("asyncio.unix_events", "uvloop.loop")
+
+#: Seconds that the last step of an iterator may take.
+GRACE = 1.0
+
+#: Signals that have come while streams were open.
+_seen: set[int] = set()
+#: Those of them that the server has not been given yet.
+_held: set[int] = set()
+_warned = False
+
+
+def install(*, default: bool | None = None) -> bool:
+    """Get in front of this process's handlers of the signals that stop it. Return whether SIGTERM comes to us.
+
+    For the main thread, after the server has set its own handlers; may be called again. What Python starts with is
+    taken for such a handler too if ``default`` is true; by default, in an event loop and in the development server.
+    """
+    if os.name != "posix":
+        return False
+    if default is None:
+        # Other commands are to be killed as ever, and gevent and uWSGI have handlers that Python takes for its default.
+        default = "".join(sys.argv[1:2]).startswith("runserver") or _on_loop()
+    for signum in SIGNALS:
+        previous = signal.getsignal(signum)
+        if signum in DEFAULTS and previous is DEFAULTS[signum]:
+            wanted = default
+        else:
+            # The others: ignored, SIGQUIT's default, and None for C code that would never hear of the signal again.
+            wanted = callable(previous) and not isinstance(previous, _Handler)
+        if wanted:
+            try:
+                signal.signal(signum, _Handler(previous))
+            except ValueError:
+                # Not the main thread. There is no asking beforehand, for gevent calls its greenlets threads.
+                return False
+    return isinstance(signal.getsignal(signal.SIGTERM), _Handler)
+
+
+def at_stream() -> None:
+    """Install when a stream begins, for servers that set their handlers late; warn once where that is in vain."""
+    global _warned
+    if not (install() or _warned):
+        _warned = True
+        if configuration.shutdown_window:
+            log.warning(
+                "This process will not learn in time that it is to stop, and its streams will be cut off. Call "
+                "django_sse.shutdown.install() in its main thread, once its server has set its signal handlers."
+            )
+
+
+def _on_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def drain() -> None:
+    """End all streams of this process, spread over ``SHUTDOWN_WINDOW``, and wait for their end. New ones are refused.
+
+    For servers that call a function of yours when they are to stop.
+    """
+    window = configuration.shutdown_window
+    log.info("This process is to stop: its %d stream(s) end within %s s.", len(open_streams), window)
+    open_streams.drain(window)
+    _let_finish()
+
+
+def _let_finish() -> None:
+    # A thread that steps a sync iterator comes to its ``finally`` after the step, when the client has long been told.
+    deadline = time.monotonic() + GRACE
+    for thread in threading.enumerate():
+        if thread.name.startswith("django-sse-stream-"):
+            thread.join(max(0, deadline - time.monotonic()))
+
+
+class _Handler:
+    """Stands in front of the handler ``previous``.
+
+    It runs in the main thread, at any point of it: nothing here may wait, log or take a lock.
+    """
+
+    def __init__(self, previous: Any) -> None:
+        self.previous: Callable[[int, FrameType | None], object] | int = previous
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if signum not in _seen and len(open_streams):
+            if not _seen:
+                # Not threading.Thread, whose start() takes locks and waits. Under gevent this is a greenlet.
+                _thread.start_new_thread(_begin, ())
+            _seen.add(signum)
+            if getattr(self.previous, "__module__", None) not in LOOPS:
+                _held.add(signum)
+                return
+        elif signum == signal.SIGINT:
+            # Ctrl-C is pressed again by somebody who does not want to wait.
+            _held.discard(signum)
+            if len(open_streams):
+                _thread.start_new_thread(open_streams.drain, (0,))
+        elif signum in _held:
+            return  # Others are repeated by a supervisor that tells every process, beside the master of the workers.
+        self.hand_on(signum, frame)
+
+    def hand_on(self, signum: int, frame: FrameType | None) -> None:
+        if callable(self.previous):
+            self.previous(signum, frame)
+        else:
+            signal.signal(signum, self.previous)
+            os.kill(os.getpid(), signum)
+
+
+def _begin() -> None:
+    # No daemon: a server that has been told already must not take the process from under the last ``finally``.
+    threading.Thread(target=_drain, name="django-sse-stop", daemon=False).start()
+
+
+def _drain() -> None:
+    try:
+        drain()
+    except Exception:
+        log.exception("The streams of this process could not be ended")
+    while _held:
+        # To ourselves once more: only a signal reaches the main thread wherever it is.
+        os.kill(os.getpid(), _held.pop())
+
+
+def _end_at_exit() -> None:
+    # Without a signal: the development server reloads, and would take its threads with it without a word.
+    if len(open_streams):
+        open_streams.drain(0)
+    _let_finish()
+    runtime.reset()
+
+
+def _forget_after_fork() -> None:
+    _seen.clear()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
+atexit.register(_end_at_exit)
