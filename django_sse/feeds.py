@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from functools import partial
 from typing import Protocol
@@ -21,12 +22,14 @@ from .inbox import Mailbox, Mailboxes
 from .wire import Sse, comment
 from .workers import DONE, Workers, shared_loop
 
-__all__ = ["FEEDS", "Chunk", "Feed", "InTask", "Source", "flush_sse", "has_own_iter"]
+__all__ = ["FEEDS", "LATE", "Chunk", "Feed", "InTask", "Source", "flush_sse", "has_own_iter"]
 
 log = logging.getLogger("django_sse")
 
 Chunk = str | bytes
 _HEARTBEAT = comment()
+#: What the log says of an error that comes when the stream has ended already.
+LATE = "The iterator of a stream failed while it was closed"
 #: Bytes of waiting events that leave as one chunk: what a server may have to keep for a client that does not read.
 CHUNK_BYTES = 64 * 1024
 
@@ -40,7 +43,7 @@ class Source:
     ``mailboxes`` ends with the stream.
     """
 
-    __slots__ = ("first", "flush", "heartbeat", "iterator", "mailbox", "mailboxes", "text")
+    __slots__ = ("_close", "first", "flush", "heartbeat", "iterator", "mailbox", "mailboxes", "text")
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class Source:
         self.mailbox = mailbox
         self.heartbeat = heartbeat
         self.mailboxes = mailboxes or Mailboxes()
+        self._close: Callable[[], object] = getattr(iterator, "close", _nothing)
         #: Whether chunks leave as text, for code that edits them, or as bytes.
         self.text = True
 
@@ -89,8 +93,9 @@ class Source:
         getattr(self.flush, "detach", _nothing)()
 
     def discard(self) -> None:
-        """Close an iterator that nobody has begun."""
-        getattr(self.iterator, "close", _nothing)()
+        """Close an iterator that nobody has begun. Once: one of the user's own need not know that it may come again."""
+        close, self._close = self._close, _nothing
+        close()
 
 
 def flush_sse(buffer: sse.Sse) -> Iterable[Chunk]:
@@ -144,6 +149,8 @@ class _SyncSteps:
         self._steps: Iterator[object] | None = None
         self._over = False
         self._closed = False
+        self._stepping = False
+        self._lock = threading.Lock()
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
@@ -155,8 +162,13 @@ class _SyncSteps:
                     return self._source.out(chunk)
             if self._over:
                 break
-            with stepping():
-                self._chunks = iter(self._source.flush(self._step()))
+            self._stepping = True
+            try:
+                with stepping():
+                    self._chunks = iter(self._source.flush(self._step()))
+            finally:
+                with self._lock:
+                    self._stepping = False
         if self._closed:
             self.close()  # by another thread, which could not do so in the middle of a step
         raise StopIteration
@@ -175,9 +187,11 @@ class _SyncSteps:
         self._closed = True
 
     def close(self) -> None:
+        """Close the iterator: now, or when the step is over that another thread is in the middle of."""
         self._closed = True
         # Once: an iterator of the user's own need not know that it may be closed again.
-        steps, self._steps = self._steps, iter(())
+        with self._lock:
+            steps, self._steps = self._steps, iter(())
         if steps is None:
             self._source.discard()
             return
@@ -185,10 +199,13 @@ class _SyncSteps:
             with stepping():
                 getattr(steps, "close", _nothing)()
         except ValueError as error:
-            # Python's own refusal. It is in the middle of a step, by another thread, which closes it when that is over.
-            if str(error) != "generator already executing":
+            if str(error) != "generator already executing":  # Python's own refusal
                 raise
-            self._steps = steps
+            with self._lock:
+                self._steps = steps
+                over = not self._stepping
+            if over:  # just now, and whoever stepped has not seen it any more
+                self.close()
 
 
 class _AsyncSteps:
@@ -289,10 +306,12 @@ class _Working:
         self._ring = ring
 
     def take(self) -> Chunk | None:
+        if self._working:
+            return None
         chunk, self._chunk = self._chunk, None
         if chunk is not None:
             self.events += 1
-        elif self.ended is None and not self._working:
+        elif self.ended is None:
             self._working = True
             self._work()
         return chunk
@@ -303,11 +322,14 @@ class _Working:
 
     def _done(self, chunk: object, error: BaseException | None = None) -> None:
         """Take what a step has brought: a chunk, ``DONE``, or an error."""
-        if error is not None:
+        if self.ended is not None:  # and nobody takes any more
+            if error is not None:
+                log.error(LATE, exc_info=error)
+        elif error is not None:
             self.error = error
-            self.ended = self.ended or "error"
+            self.ended = "error"
         elif chunk is DONE:
-            self.ended = self.ended or "finished"
+            self.ended = "finished"
         else:
             self._chunk = chunk  # type: ignore[assignment]
         self._working = False
@@ -357,6 +379,8 @@ class InTask(_Working):
     One task for all steps, for what the iterator opens around a ``yield`` (a timeout, a task group) belongs to a task.
     """
 
+    _in_our_loop = False
+
     def __init__(self, source: Source, workers: Workers) -> None:
         super().__init__()
         self._source = source
@@ -397,20 +421,26 @@ class InTask(_Working):
                 chunk = await anext(self._steps, DONE)
                 self._next = loop.create_future()
                 self._done(chunk)
-                if chunk is DONE:
+                if chunk is DONE or self.ended is not None:
                     break
                 await self._next
-        except asyncio.CancelledError:
-            if self.ended is None:  # not by close(): the loop itself ends
-                self.ended = "client"
-                raise
+        except asyncio.CancelledError as error:
+            if self.ended is None:
+                if _is_cancelled():  # not by close(): the loop itself ends
+                    self.ended = "client"
+                    raise
+                self._done(None, error)  # of something that the iterator has awaited
         except Exception as error:  # noqa: BLE001  # whatever it is, it belongs to whoever takes
             self._done(None, error)
+        except BaseException as error:
+            self._done(None, error)
+            if not self._in_our_loop:  # which has to run on for others
+                raise
         finally:
             try:
                 await self._steps.aclose()
             except Exception:
-                log.exception("The iterator of a stream failed while it was closed")
+                log.exception(LATE)
             self._ring()
 
     def _stop(self) -> None:
@@ -431,6 +461,8 @@ class InTask(_Working):
 
 class _InLoop(InTask):
     """An async iterator under a server of threads: as in an event loop, in the one that all of them share."""
+
+    _in_our_loop = True
 
     def _get_loop(self) -> asyncio.AbstractEventLoop:
         return shared_loop()
@@ -476,6 +508,11 @@ class _Mail:
 
     def leave(self) -> None:
         """There is nothing to give back."""
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody has cancelled this task. Before Python 3.11 nobody can tell, and it is taken for granted."""
+    return bool(getattr(asyncio.current_task(), "cancelling", lambda: 1)())
 
 
 def _nothing() -> None:

@@ -160,7 +160,7 @@ class _LoopAlarm:
         self._called = False
         self._timed: set[LoopBell] = set()
         self._interval = math.inf
-        self._sweeper: asyncio.TimerHandle | None = None
+        self._sweep_at = math.inf
 
     @classmethod
     def of_running_loop(cls) -> _LoopAlarm:
@@ -199,17 +199,19 @@ class _LoopAlarm:
             self._sweep_later(asyncio.get_running_loop())
 
     def _sweep_later(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-        self._sweeper = loop.call_later(self._interval, self._sweep, loop)
+        # No timer is kept, for it would keep the loop. One that another has taken the place of does nothing.
+        self._sweep_at = loop.time() + self._interval
+        loop.call_at(self._sweep_at, self._sweep, loop, self._sweep_at)
 
-    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _sweep(self, loop: asyncio.AbstractEventLoop, at: float) -> None:
+        if at != self._sweep_at:
+            return
         now = loop.time()
         for bell in [bell for bell in self._timed if bell.deadline <= now]:
             bell.answer()
         # Who does not wait just now will say so again.
-        self._timed = {bell for bell in self._timed if bell.future is not None}
+        self._timed = {bell for bell in self._timed if bell.future is not None and not bell.future.done()}
         if self._timed:
             self._sweep_later(loop)
         else:
-            self._interval, self._sweeper = math.inf, None
+            self._interval = self._sweep_at = math.inf

@@ -6,6 +6,7 @@ A stream is registered before its headers are sent. What it has done is told onc
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import os
@@ -13,14 +14,17 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Hashable
+from collections import deque
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from .database import release_connections
 from .exceptions import BrokerUnavailable, TooManyStreams
+from .signals import stream_closed
 from .wire import retry
 
-__all__ = ["Account", "OpenStream", "Registry", "StreamInfo", "open_streams"]
+__all__ = ["Account", "OpenStream", "Registry", "StreamInfo", "open_streams", "send_closed"]
 
 log = logging.getLogger("django_sse.streams")
 
@@ -115,6 +119,8 @@ class Registry:
         self._streams: weakref.WeakSet[Any] = weakref.WeakSet()
         self._owners: dict[Hashable, weakref.WeakSet[Any]] = {}
         self._watcher: threading.Thread | None = None
+        # Accounts of streams that were collected unclosed, in whatever thread that was.
+        self._dropped: deque[Account] = deque()
         #: Whether this process is about to stop, and takes no new streams.
         self.draining = False
 
@@ -128,6 +134,7 @@ class Registry:
 
     def admit(self, stream: Any, *, limit: int | None, owner: Hashable = None, owner_limit: int | None = None) -> None:
         """Register ``stream``. Raises ``TooManyStreams`` beyond a limit, and while this process stops."""
+        self._reap()
         with self._lock:
             if self.draining:
                 raise TooManyStreams("This process is stopping; another one will serve the stream.")
@@ -148,6 +155,7 @@ class Registry:
 
     def forget(self, stream: Any) -> None:
         """Give the place of ``stream`` to another. May be called again."""
+        self._reap()
         with self._lock:
             self._streams.discard(stream)
             owner = stream.account.info.owner
@@ -156,6 +164,23 @@ class Registry:
                 owned.discard(stream)
                 if not owned:
                     del self._owners[owner]
+
+    def drop(self, account: Account) -> None:
+        """Have ``account`` settled soon. Takes no lock, for the collector runs anywhere, even under ours."""
+        self._dropped.append(account)
+
+    def _reap(self) -> None:
+        while self._dropped:
+            try:
+                account = self._dropped.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            with self._lock:
+                if not self._owners.get(account.info.owner, True):
+                    del self._owners[account.info.owner]
+            told = account.settle("client")
+            if told is not None:
+                send_closed(told)
 
     def watch(self, interval: float) -> None:
         """Have streams whose client does not read ended, looking every ``interval`` seconds, while there are any."""
@@ -169,14 +194,16 @@ class Registry:
     def _watch(self, interval: float) -> None:
         while True:
             time.sleep(interval)
-            now = time.monotonic()
-            for stream in self.all():
-                if stream.stalled_for(now) > 0:
-                    stream.close("stalled")
+            self._end_stalled(time.monotonic())
             with self._lock:
                 if not self._streams:
                     self._watcher = None
                     return
+
+    def _end_stalled(self, now: float) -> None:
+        for stream in self.all():
+            if stream.stalled_for(now) > 0:
+                _safely(stream.close, "stalled")
 
     def drain(self, window: float) -> None:
         """End every stream, spread over ``window`` seconds, each with a ``retry`` of its own; take no new ones.
@@ -200,7 +227,33 @@ class Registry:
     def _dismiss(stream: OpenStream, window: float) -> None:
         # The next process is not met by all of them at once.
         least = 2000 if stream.account is None else stream.account.retry
-        stream.end("shutdown", retry(least + int(random.uniform(0, max(window, 1) * 1000))))
+        _safely(stream.end, "shutdown", retry(least + int(random.uniform(0, max(window, 1) * 1000))))
+
+
+def _safely(function: Callable[..., object], *args: object) -> None:
+    # What one stream's iterator does in its ``finally`` must not be the end of the others.
+    try:
+        function(*args)
+    except Exception:
+        log.exception("A stream could not be ended")
+
+
+def send_closed(told: dict[str, Any]) -> None:
+    """Send ``stream_closed`` with what ``Account.settle()`` has returned."""
+    if not stream_closed.has_listeners(told["sender"]):
+        return
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        stream_closed.send_robust(**told)
+    else:
+        # Receivers may use the database, which in this thread would block the loop, and is refused by Django.
+        threading.Thread(target=_send_closed, args=(told,), name="django-sse-closed").start()
+
+
+def _send_closed(told: dict[str, Any]) -> None:
+    stream_closed.send_robust(**told)
+    release_connections()
 
 
 open_streams = Registry()

@@ -7,6 +7,7 @@ sends what there is at once, breaks silence with heartbeats, ends when its time 
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import threading
 import time
@@ -15,13 +16,15 @@ from typing import Any
 
 from . import shutdown
 from .database import ThreadSensitiveContext, arelease_connections, lend, release_connections
-from .feeds import FEEDS, Chunk, Feed, InTask, Source
+from .feeds import FEEDS, LATE, Chunk, Feed, InTask, Source
 from .inbox import LoopBell
-from .registry import Account, open_streams
+from .registry import Account, open_streams, send_closed
 from .signals import stream_closed, stream_opened
 from .workers import Workers, in_worker
 
 __all__ = ["Stream"]
+
+log = logging.getLogger("django_sse")
 
 #: ``max_age`` is lengthened or shortened by at most this part: clients of one moment do not come back in one moment.
 JITTER = 0.2
@@ -170,7 +173,7 @@ class Stream:
             return await bell.wait(self._patience())
         except asyncio.CancelledError:
             if self.account is not None:  # the request has ended, by whatever way of Django or the server
-                self.close()
+                self.shut()
             raise
 
     # -- what comes -----------------------------------------------------------------------------------------------
@@ -178,9 +181,13 @@ class Stream:
     def take(self) -> Chunk | None:
         """Return the next chunk if there is one: ``None`` until the feed rings, and when the stream is ``over``."""
         chunk = self._take()
-        if chunk is not None and self.account is not None:
-            self.account.bytes += len(chunk)
+        if chunk is not None:
+            self._count(chunk)
         return chunk
+
+    def _count(self, chunk: Chunk) -> None:
+        if self.account is not None:
+            self.account.bytes += len(chunk) if isinstance(chunk, bytes) else len(chunk.encode())
 
     def _take(self) -> Chunk | None:
         if self._first is not None:
@@ -190,12 +197,14 @@ class Stream:
             self._first = None
         feed = self._feed
         assert feed is not None
+        if self._over:
+            return None
         if self._too_old is not None and time.monotonic() >= self._too_old:
             self.end("max_age")
         taken = feed.take()
         if taken is not None:
             return taken
-        if feed.ended is None or self._over:
+        if feed.ended is None:
             return None
         if self._last:
             last, self._last = self._last, b""
@@ -217,9 +226,10 @@ class Stream:
         if self._too_old is not None and time.monotonic() >= self._too_old:
             self.end("max_age")
             return None
-        chunk = self._source.frames([]) if self._source.heartbeat is not None else None
-        if chunk is not None and self.account is not None:
-            self.account.bytes += len(chunk)
+        if self._source.heartbeat is None:
+            return None
+        chunk = self._source.frames([])
+        self._count(chunk)
         return chunk
 
     def _patience(self) -> float | None:
@@ -283,10 +293,15 @@ class Stream:
         if self._reason is None:
             self._reason = reason or ("shutdown" if open_streams.draining else "client")
         self._source.mailboxes.close(self._reason)
-        if self._feed is None:
-            self._source.discard()
-        else:
-            self._feed.close(self._reason)
+        try:
+            if self._feed is None:
+                self._source.discard()
+            else:
+                self._feed.close(self._reason)
+        except Exception:
+            if not self._quiet:
+                raise
+            log.exception(LATE)
 
     def __del__(self) -> None:
         # Dropped unclosed, its thread or task would wait for the next step for ever. No lock may be taken, for the
@@ -294,6 +309,9 @@ class Stream:
         feed = getattr(self, "_feed", None)
         if feed is not None and feed.ended is None:
             feed.drop()
+            if self.account is not None:
+                self.account.events = feed.events
+                open_streams.drop(self.account)
 
     def stalled_for(self, now: float) -> float:
         """Return for how many seconds more than ``stall_timeout`` the client has not taken its chunk."""
@@ -305,7 +323,7 @@ class Stream:
     def _settle(self) -> None:
         told = self._tell()
         if told is not None:
-            stream_closed.send_robust(**told)
+            send_closed(told)
 
     async def settle_on_loop(self) -> None:
         """Tell what the stream has done, once."""

@@ -66,13 +66,13 @@ def test_links_to_files_lead_to_files(document):
 
 
 def test_the_table_of_settings_has_every_key_and_its_default():
-    rows = dict(re.findall(r"^``([A-Z]+)``\s+``(.+?)``\s", GUIDE, re.MULTILINE))
+    rows = dict(re.findall(r"^``([A-Z_]+)``\s+``(.+?)``\s", GUIDE, re.MULTILINE))
     assert {key: ast.literal_eval(value) for key, value in rows.items()} == conf.DEFAULTS
 
 
 def test_every_system_check_is_documented():
     source = Path(checks.__file__).read_text()
-    assert set(re.findall(r"django_sse\.[EW]\d+", source)) == set(re.findall(r"django_sse\.[EW]\d+", GUIDE))
+    assert set(re.findall(r"django_sse\.[EWI]\d+", source)) == set(re.findall(r"django_sse\.[EWI]\d+", GUIDE))
 
 
 def test_the_readme_has_every_server_that_is_tested():

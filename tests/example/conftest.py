@@ -30,7 +30,7 @@ PATIENCE = 20  # seconds in which a server must answer, on a busy machine too
 # The commands of example_project/README.rst; the reloader would be a second process to kill.
 COMMANDS = {
     "runserver": ("manage.py", "runserver", "--noreload", "{port}"),
-    "uvicorn": ("-m", "uvicorn", "example.asgi:application", "--port", "{port}", "--timeout-graceful-shutdown", "1"),
+    "uvicorn": ("-m", "uvicorn", "example.asgi:application", "--port", "{port}"),
     "gevent": ("serve_gevent.py", "{port}"),
 }
 
