@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from functools import partial
 from typing import Protocol
@@ -22,12 +23,13 @@ from .inbox import Mailbox, Mailboxes
 from .wire import Sse, comment
 from .workers import DONE, Workers, shared_loop
 
-__all__ = ["FEEDS", "LATE", "Chunk", "Feed", "InTask", "Source", "flush_sse", "has_own_iter"]
+__all__ = ["FEEDS", "HEARTBEAT", "LATE", "Chunk", "Feed", "InTask", "Source", "flush_sse", "has_own_iter"]
 
 log = logging.getLogger("django_sse")
 
 Chunk = str | bytes
-_HEARTBEAT = comment()
+#: What breaks a silence.
+HEARTBEAT = comment()
 #: What the log says of an error that comes when the stream has ended already.
 LATE = "The iterator of a stream failed while it was closed"
 #: Bytes of waiting events that leave as one chunk: what a server may have to keep for a client that does not read.
@@ -40,10 +42,21 @@ class Source:
     ``flush(value)`` gives the chunks that follow from one step, which yielded ``value``. ``first`` are the chunks that
     are sent before the first step. With ``iterator`` ``None`` the events of ``mailbox`` are the stream. A comment
     follows after every ``heartbeat`` seconds of silence, where the server can be waited beside. What is in
-    ``mailboxes`` ends with the stream.
+    ``mailboxes`` ends with the stream. ``buffer()`` is what ``flush`` flushes, if that is all it does.
     """
 
-    __slots__ = ("_close", "first", "flush", "heartbeat", "iterator", "mailbox", "mailboxes", "text")
+    __slots__ = (
+        "_buffer",
+        "_close",
+        "buffer",
+        "first",
+        "flush",
+        "heartbeat",
+        "iterator",
+        "mailbox",
+        "mailboxes",
+        "text",
+    )
 
     def __init__(
         self,
@@ -54,13 +67,16 @@ class Source:
         mailbox: Mailbox | None = None,
         heartbeat: float | None = None,
         mailboxes: Mailboxes | None = None,
+        buffer: Callable[[], sse.Sse] | None = None,
     ) -> None:
         self.iterator = iterator
         self.flush = flush
         self.first = first
         self.mailbox = mailbox
         self.heartbeat = heartbeat
+        self.buffer = buffer
         self.mailboxes = mailboxes or Mailboxes()
+        self._buffer: sse.Sse | None = None
         self._close: Callable[[], object] = getattr(iterator, "close", _nothing)
         #: Whether chunks leave as text, for code that edits them, or as bytes.
         self.text = True
@@ -84,13 +100,23 @@ class Source:
         rest = self.flush(None)
         if len(taken) == 1 and not rest:
             return self.out(taken[0][1])
-        frames = [frame for _, frame in taken] or [_HEARTBEAT]
+        frames = [frame for _, frame in taken] or [HEARTBEAT]
         frames += [chunk.encode() if isinstance(chunk, str) else chunk for chunk in rest]
         return self.out(b"".join(frames))
 
     def detach(self) -> None:
         """Let go of the view, and with it of the request, where only its buffer is needed."""
-        getattr(self.flush, "detach", _nothing)()
+        if self.iterator is None and self.buffer is not None:
+            buffer = self._buffer = self.buffer()
+            self.buffer = None
+            self.flush = lambda value: flush_sse(buffer)
+
+    def silence(self) -> Chunk:
+        """Return a heartbeat, and what the view's buffer holds."""
+        # The same bytes for all the idle clients of a process.
+        if self._buffer is not None and not self._buffer._buffer and not self.text:
+            return HEARTBEAT
+        return self.frames([])
 
     def discard(self) -> None:
         """Close an iterator that nobody has begun. Once: one of the user's own need not know that it may come again."""
@@ -151,9 +177,6 @@ class _SyncSteps:
         self._closed = False
         self._stepping = False
         self._lock = threading.Lock()
-
-    def __iter__(self) -> Iterator[Chunk]:
-        return self
 
     def __next__(self) -> Chunk:
         while not self._closed:
@@ -216,9 +239,6 @@ class _AsyncSteps:
         self._chunks: Iterator[Chunk] = iter(())
         self._steps: AsyncIterator[object] | None = None
         self._over = False
-
-    def __aiter__(self) -> AsyncIterator[Chunk]:
-        return self
 
     async def __anext__(self) -> Chunk:
         while True:
@@ -291,7 +311,7 @@ class _Here:
         """There is nothing to give back."""
 
 
-class _Working:
+class _Working(ABC):
     """A feed whose steps happen elsewhere: what a thread's and a task's have in common."""
 
     def __init__(self) -> None:
@@ -316,9 +336,9 @@ class _Working:
             self._work()
         return chunk
 
+    @abstractmethod
     def _work(self) -> None:
         """Begin the next step."""
-        raise NotImplementedError
 
     def _done(self, chunk: object, error: BaseException | None = None) -> None:
         """Take what a step has brought: a chunk, ``DONE``, or an error."""
@@ -343,9 +363,9 @@ class _Working:
         self._stop()
         self._ring()
 
+    @abstractmethod
     def _stop(self) -> None:
         """Close the iterator where it runs, at once or after the step that is under way."""
-        raise NotImplementedError
 
     def drop(self) -> None:
         self._stop()

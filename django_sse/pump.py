@@ -8,6 +8,7 @@ do not read) is looked at where it may have come, and not by a timer for each cl
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import time
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any, ClassVar
 
+from .feeds import HEARTBEAT
 from .inbox import LoopBell
 from .streams import Stream
 
@@ -26,14 +28,30 @@ log = logging.getLogger("django_sse")
 BATCH = 100
 #: Seconds between two looks at the clock.
 TICK = 0.1
-#: Seconds between two looks at a client that may leave unread for ever what it was sent.
-UNTIMED = 1.0
+#: Seconds between two looks at a client for which nothing is timed.
+LONGEST = 60.0
+#: One for all idle clients: servers read a message and do not change it.
+_HEARTBEAT_MESSAGE = {"type": "http.response.body", "body": HEARTBEAT, "more_body": True}
 
 
 class Delivery(LoopBell):
     """One stream on its way to one client."""
 
-    __slots__ = ("_app", "_blocked", "_blocked_since", "_last_sent", "_over", "_pump", "_receiving", "_send", "_stream")
+    __slots__ = (
+        "_app",
+        "_blocked",
+        "_blocked_since",
+        "_gone",
+        "_heartbeat",
+        "_interval",
+        "_last_sent",
+        "_over",
+        "_pump",
+        "_receiving",
+        "_send",
+        "_stream",
+        "_too_old",
+    )
 
     def __init__(self, stream: Stream, send: Callable[[Any], Awaitable[None]]) -> None:
         super().__init__()
@@ -44,7 +62,13 @@ class Delivery(LoopBell):
         self._blocked: asyncio.Task[None] | None = None
         self._blocked_since = 0.0
         self._last_sent = time.monotonic()
+        self._heartbeat = stream.heartbeat
+        self._too_old: float | None = None
+        #: Seconds between two looks at the clock at most.
+        self._interval = stream.stall_timeout or LONGEST
         self._over = False
+        #: Whether the client has left, as far as sending tells.
+        self._gone = False
         self._app: asyncio.Task[Any] | None = None
         self._receiving = False
 
@@ -52,6 +76,7 @@ class Delivery(LoopBell):
         """Deliver until the client has left or the stream has ended."""
         stream = self._stream
         await stream.begin_on_loop()
+        self._too_old = stream.too_old
         self._app = asyncio.current_task()
         stream.ring_by(self.ring)
         self._pump.add(self)
@@ -64,8 +89,9 @@ class Delivery(LoopBell):
             self._app = None
             stream.shut()
             await stream.settle_on_loop()
-        if self._over and self._blocked is None:
-            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        if self._over and self._blocked is None and not self._gone:
+            with contextlib.suppress(OSError):
+                await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def over(self) -> bool:
         """Whether the stream has ended, on our side."""
@@ -91,6 +117,10 @@ class Delivery(LoopBell):
             if self._receiving and self._app is not None:
                 self._app.cancel()
 
+    def _leave(self) -> None:
+        self._gone = True
+        self._finish()
+
     def answer(self) -> None:
         """Have the stream looked at."""
         self._pump.ready(self)
@@ -107,23 +137,26 @@ class Delivery(LoopBell):
                     if self._stream.over:
                         self._finish()
                     return
-                self._step(chunk)
+                self._step(chunk, time.monotonic())
         except Exception:
             log.exception("A stream could not be delivered")
             self._stream.shut("error")
             self._finish()
 
-    def _step(self, chunk: Any) -> None:
-        self._last_sent = time.monotonic()
-        sending = self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+    def _step(self, chunk: Any, now: float) -> None:
+        self._last_sent = now
+        if chunk is HEARTBEAT:
+            sending = self._send(_HEARTBEAT_MESSAGE)
+        else:
+            sending = self._send({"type": "http.response.body", "body": chunk, "more_body": True})
         rest: Awaitable[None]
         if inspect.iscoroutine(sending):
             try:
                 rest = _Rest(sending, sending.send(None))
             except StopIteration:
                 return
-            except OSError:  # the client has left (ASGI HTTP, "disconnected client")
-                self._finish()
+            except OSError:  # ASGI HTTP, section "Disconnected client - send exception"
+                self._leave()
                 return
         else:
             rest = sending  # of a server whose awaitables belong to a task
@@ -134,7 +167,7 @@ class Delivery(LoopBell):
         try:
             await rest
         except OSError:
-            self._finish()
+            self._leave()
         except Exception:
             log.exception("A stream could not be delivered")
             self._stream.shut("error")
@@ -143,38 +176,34 @@ class Delivery(LoopBell):
         self._last_sent = time.monotonic()
         self._pump.ready(self)
 
-    def look(self, now: float) -> float | None:
+    def look(self, now: float) -> float:
         """Do what the clock demands; return when to look again."""
-        if self._over:
-            return None
         if self._blocked is not None:
             return self._look_at_blocked(now)
-        stream = self._stream
-        due = []
-        if stream.too_old is not None:
-            if now >= stream.too_old:
-                stream.end("max_age")
-                return None
-            due.append(stream.too_old)
-        if stream.heartbeat is not None:
-            if now >= self._last_sent + stream.heartbeat:
-                chunk = stream.silence()
+        again = now + self._interval
+        if self._too_old is not None:
+            if now >= self._too_old:
+                self._stream.end("max_age")
+            again = min(again, self._too_old)
+        heartbeat = self._heartbeat
+        if heartbeat is not None:
+            due = self._last_sent + heartbeat
+            if now >= due:
+                chunk = self._stream.silence()
                 if chunk:
-                    self._step(chunk)
-            due.append(self._last_sent + stream.heartbeat)
-        if stream.stall_timeout is not None:
-            due.append(now + stream.stall_timeout)
-        return min(due, default=None)
+                    self._step(chunk, now)
+                due = now + heartbeat
+            again = min(again, due)
+        return again
 
-    def _look_at_blocked(self, now: float) -> float | None:
+    def _look_at_blocked(self, now: float) -> float:
         patience = self._stream.stall_timeout
         if patience is None:
-            return now + UNTIMED
-        if now < self._blocked_since + patience:
-            return self._blocked_since + patience
-        self._stream.shut("stalled")
-        self._finish()
-        return None
+            return now + self._interval
+        if now >= self._blocked_since + patience:
+            self._stream.shut("stalled")
+            self._finish()
+        return self._blocked_since + patience
 
 
 class _Rest:
@@ -210,8 +239,11 @@ class _Pump:
         self._loop = loop
         self._deliveries: set[Delivery] = set()
         self._ready: deque[Delivery] = deque()
+        # Those whose time may have come.
+        self._timed: deque[Delivery] = deque()
         self._sleep: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle
         # Deliveries by the tick at which they are to be looked at.
         self._due: dict[int, list[Delivery]] = {}
         self._seen = 0
@@ -229,9 +261,8 @@ class _Pump:
         self._pumps[self._loop] = self
         if self._task is None:
             self._seen = _tick_of(time.monotonic())
-            self._loop.call_later(TICK, self._look)
+            self._timer = self._loop.call_later(TICK, self._look)
             self._task = self._loop.create_task(self._run())
-            self._task.add_done_callback(self._stopped)
         self.ready(delivery)
         self._look_later(delivery, time.monotonic())
 
@@ -250,44 +281,50 @@ class _Pump:
             self._sleep.set_result(None)
 
     async def _run(self) -> None:
-        while self._deliveries:
-            while self._ready:
-                for _ in range(min(BATCH, len(self._ready))):
-                    self._ready.popleft().turn()
-                await asyncio.sleep(0)
-            if self._deliveries:
-                self._sleep = self._loop.create_future()
-                await self._sleep
-                self._sleep = None
-
-    def _stopped(self, task: asyncio.Task[None]) -> None:
-        self._task = None
-        if not self._deliveries or task.cancelled():
-            # Nothing outlives its loop: the pump holds the loop, so nobody may hold the pump.
-            self._pumps.pop(self._loop, None)
+        try:
+            while self._deliveries:
+                while self._ready or self._timed:
+                    for _ in range(min(BATCH, len(self._ready))):
+                        self._ready.popleft().turn()
+                    self._look_at_some()
+                    await asyncio.sleep(0)
+                if self._deliveries:
+                    self._sleep = self._loop.create_future()
+                    await self._sleep
+                    self._sleep = None
+        finally:
+            # The pump holds the loop, so nobody may hold the pump when there is nothing to do, or the loop ends.
+            self._task = None
+            self._timer.cancel()
             self._due.clear()
+            self._pumps.pop(self._loop, None)
 
     def _look(self) -> None:
-        if self._task is None:
-            return
-        now = time.monotonic()
-        tick = _tick_of(now)
+        tick = _tick_of(time.monotonic())
         for slot in range(self._seen + 1, tick + 1):
-            for delivery in self._due.pop(slot, ()):
-                if delivery in self._deliveries:
-                    self._look_at(delivery, now)
+            self._timed.extend(self._due.pop(slot, ()))
         self._seen = tick
-        self._loop.call_later(TICK, self._look)
+        if self._timed:
+            self._wake()
+        self._timer = self._loop.call_later(TICK, self._look)
+
+    def _look_at_some(self) -> None:
+        now = time.monotonic()
+        for _ in range(min(BATCH, len(self._timed))):
+            delivery = self._timed.popleft()
+            if delivery in self._deliveries:
+                self._look_at(delivery, now)
 
     def _look_at(self, delivery: Delivery, now: float) -> None:
         try:
-            self._look_later(delivery, delivery.look(now))
+            again = delivery.look(now)
         except Exception:
             log.exception("A stream could not be looked after")
+            again = now + LONGEST
+        self._look_later(delivery, again)
 
-    def _look_later(self, delivery: Delivery, at: float | None) -> None:
-        if at is not None:
-            self._due.setdefault(max(_tick_of(at), self._seen) + 1, []).append(delivery)
+    def _look_later(self, delivery: Delivery, at: float) -> None:
+        self._due.setdefault(max(_tick_of(at), self._seen) + 1, []).append(delivery)
 
 
 def _tick_of(at: float) -> int:

@@ -39,6 +39,28 @@ class Stream:
     seconds, or ``None`` for no limit.
     """
 
+    __slots__ = (
+        "__weakref__",
+        "_begun",
+        "_feed",
+        "_first",
+        "_given",
+        "_last",
+        "_loop_bell",
+        "_max_age",
+        "_on_loop",
+        "_over",
+        "_quiet",
+        "_reason",
+        "_source",
+        "_stall_timeout",
+        "_thread_bell",
+        "_too_old",
+        "_workers",
+        "account",
+        "stall_timeout",
+    )
+
     def __init__(
         self,
         source: Source,
@@ -149,8 +171,7 @@ class Stream:
         feed = self._make_feed(on_loop=True)
         if isinstance(feed, InTask):
             feed.outside = True
-        if self._source.iterator is None:
-            self._source.detach()
+        self._source.detach()
         self._stall_timeout = None  # whoever delivers it sees to ``stall_timeout``
         return self
 
@@ -228,7 +249,7 @@ class Stream:
             return None
         if self._source.heartbeat is None:
             return None
-        chunk = self._source.frames([])
+        chunk = self._source.silence()
         self._count(chunk)
         return chunk
 

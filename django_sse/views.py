@@ -188,7 +188,8 @@ class BaseSseView(View):
         if counted or iterator is None:
             source["heartbeat"] = self._seconds("heartbeat", "for no heartbeats")
         source.update(first=self._first_chunks(), mailboxes=self._mailboxes)
-        return self._counted(Source(iterator, _Flush(self), **source), counted=counted)
+        source["buffer"] = lambda: self.sse
+        return self._counted(Source(iterator, lambda value: flush_sse(self.sse), **source), counted=counted)
 
     def _wrap(self, chunks: Iterable[Any] | AsyncIterable[Any]) -> Stream:
         """Return the stream of the ``chunks`` that an ``_iterator()`` of a subclass gives."""
@@ -300,24 +301,6 @@ def _as_it_is(chunk: Any) -> Iterable[Chunk]:
 
 def _nothing(request: HttpRequest) -> Stream:
     return Stream(Source(_NoSteps(), lambda value: ()), workers, on_loop=_on_loop(request))
-
-
-class _Flush:
-    """Gives what the view's buffer holds."""
-
-    __slots__ = ("_buffer", "_view")
-
-    def __init__(self, view: BaseSseView) -> None:
-        self._view: Any = view
-        self._buffer: Any = None
-
-    def __call__(self, value: object) -> Iterable[Chunk]:
-        return flush_sse(self._buffer if self._view is None else self._view.sse)
-
-    def detach(self) -> None:
-        """Keep the buffer of this moment, and not the view."""
-        if self._view is not None:
-            self._view, self._buffer = None, self._view.sse
 
 
 class _NoSteps:
