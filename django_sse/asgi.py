@@ -46,8 +46,6 @@ class SseApplication:
         stream = handover.taken()
         if stream is not None:
             await Delivery(stream, send).run(client.receive)
-        elif handover.accepted:
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class _Client:

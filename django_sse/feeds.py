@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import threading
 from abc import ABC, abstractmethod
@@ -153,6 +154,9 @@ class Feed(Protocol):
     def take(self) -> Chunk | None:
         """Return the next chunk; ``None`` where there is none yet: then it is being worked for, and will ring."""
 
+    def mark(self, *, slow: bool) -> None:
+        """Hear whether the client takes what it is sent."""
+
     def end(self, reason: str) -> None:
         """Have it end as soon as it can, where whoever takes will come again."""
 
@@ -283,6 +287,9 @@ class _Here:
     def ring_by(self, ring: Callable[[], None]) -> None:
         """Nobody waits beside a step."""
 
+    def mark(self, *, slow: bool) -> None:
+        """Nobody waits for it."""
+
     def take(self) -> Chunk | None:
         try:
             chunk = next(self._steps, None)
@@ -370,7 +377,10 @@ class _Working(ABC):
     def drop(self) -> None:
         self._stop()
 
-    def leave(self) -> None:
+    def mark(self, *, slow: bool) -> None:  # noqa: B027  # nothing is abstract in it
+        """Nobody waits for it: it works only when it is asked."""
+
+    def leave(self) -> None:  # noqa: B027  # there is something for one of them only
         """There is nothing to give back."""
 
 
@@ -409,6 +419,8 @@ class InTask(_Working):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._next: asyncio.Future[None] | None = None
         self._cancelled = False
+        # The request's: whoever takes first may be another.
+        self._context = contextvars.copy_context()
         #: Whether the task is outside of Django's handler, where sync code has no thread of its own request.
         self.outside = False
 
@@ -423,7 +435,7 @@ class InTask(_Working):
     def _begin(self) -> None:
         if self._task is None:
             assert self._loop is not None
-            self._task = self._loop.create_task(self._run())
+            self._task = self._context.run(self._loop.create_task, self._run())
         elif self._next is not None and not self._next.done():
             self._next.set_result(None)
 
@@ -516,6 +528,9 @@ class _Mail:
             return self._source.frames(taken)
         self.ended = ended
         return None
+
+    def mark(self, *, slow: bool) -> None:
+        self._mailbox.mark(slow=slow)
 
     def end(self, reason: str) -> None:
         self._mailbox.close(reason)

@@ -1,8 +1,8 @@
 """The hand-over: how a view's stream leaves Django's handler, which then ends like that of any other response.
 
-``asgi`` makes an offer in the request's scope; the view attaches its response; when Django's handler starts to send
-that very response, its content still untouched by middleware, the stream is taken over and Django sees an empty body.
-In every doubt it is not: the stream then runs inside the handler, as it does without ``asgi``.
+``asgi`` makes an offer in the request's scope, and the view's response takes it up. When Django's handler sends just
+that response, its content still untouched by middleware, the stream is taken over and the handler sees an empty body.
+In every other case the stream runs inside the handler, as it does without ``asgi``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ __all__ = ["SCOPE_KEY", "EventStreamResponse", "Handover"]
 
 #: Where in the ASGI scope the offer stands.
 SCOPE_KEY = "django_sse.handover"
-#: A header that never leaves: by it, the start of a response is known to be that of the view's.
-MARK = "X-Django-Sse-Handover"
-_MARK = MARK.lower().encode()
 
 Send = Callable[[Any], Awaitable[None]]
 
@@ -28,53 +25,47 @@ Send = Callable[[Any], Awaitable[None]]
 class Handover:
     """The offer made to one request: its ``send()`` stands between Django's handler and the server."""
 
-    __slots__ = ("_accepted", "_foreign", "_marked", "_send", "response")
+    __slots__ = ("_offered", "_send", "_taken", "started")
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self._marked = False
-        self._accepted = False
-        self._foreign = False
-        #: The view's response, if it is a stream.
-        self.response: EventStreamResponse | None = None
+        # The streams of this request: mostly one.
+        self._offered: list[Stream] = []
+        self._taken: Stream | None = None
+        #: Whether a response has begun.
+        self.started = False
 
     async def send(self, message: Any) -> None:
         """Pass on what Django sends, but the end of a response whose stream goes on."""
-        if message["type"] == "http.response.start" and self.response is not None:
-            headers = [header for header in message["headers"] if bytes(header[0]).lower() != _MARK]
-            self._marked = len(headers) != len(message["headers"])
-            message = {**message, "headers": headers}
-        elif self._accepted and message["type"] == "http.response.body":
-            if not message.get("body") and not message.get("more_body"):
-                return
-            self._foreign = True
-        await self._send(message)
+        ends = message["type"] == "http.response.body" and not message.get("more_body")
+        if not (ends and self._taken is not None):
+            await self._send(message)
+        if message["type"] == "http.response.start":
+            self.started = True
 
-    def accept(self) -> bool:
-        """Whether the stream is taken over: asked by its response when Django begins to iterate it."""
-        self._accepted = self._marked
-        return self._accepted
+    def offer(self, stream: Stream) -> None:
+        """Say that ``stream`` may be taken over."""
+        self._offered.append(stream)
+
+    def take(self, stream: Stream) -> None:
+        """Take ``stream`` over, when the handler has ended."""
+        self._taken = stream
 
     def taken(self) -> Stream | None:
-        """Return the stream that is now to be delivered, once Django's handler has ended."""
-        response, self.response = self.response, None
-        if response is None:
-            return None
-        # Closed, it was what the handler has sent. Otherwise some other response has drawn on it, and gets no more.
-        if self._accepted and response.closed and not self._foreign:
-            return response.stream.outside()
-        response.stream.close()
-        return None
+        """Return the stream to be delivered, now that the handler has ended. Others of its request end here."""
+        taken, self._taken = self._taken, None
+        self._close_others(taken)
+        return None if taken is None else taken.outside()
 
     def withdraw(self) -> None:
-        """Close the stream: the handler has failed."""
-        if self.response is not None:
-            self.response.stream.close()
+        """Close the streams: the handler has failed."""
+        self._close_others(None)
 
-    @property
-    def accepted(self) -> bool:
-        """Whether Django's handler left the end of the response to us."""
-        return self._accepted and not self._foreign
+    def _close_others(self, taken: Stream | None) -> None:
+        offered, self._offered = self._offered, []
+        for stream in offered:
+            if stream is not taken:
+                stream.close()
 
 
 class EventStreamResponse(StreamingHttpResponse):
@@ -82,12 +73,18 @@ class EventStreamResponse(StreamingHttpResponse):
 
     def __init__(self, stream: Stream, handover: Handover | None = None) -> None:
         self._handover: Handover | None = None
+        self._is_sent = False
         self._body = _Body(stream)
         super().__init__(self._body, content_type="text/event-stream")
+        self._handover = handover
         if handover is not None:
-            handover.response = self
-            self._handover = handover
-            self[MARK] = "yes"
+            handover.offer(stream)
+
+    @property
+    def streaming(self) -> bool:  # type: ignore[override]
+        """``True``. Asked of a response that has begun, by Django's handler: this is the one that it sends."""
+        self._is_sent = self._handover is not None and self._handover.started
+        return True
 
     @property
     def streaming_content(self) -> Any:
@@ -101,16 +98,12 @@ class EventStreamResponse(StreamingHttpResponse):
         StreamingHttpResponse.streaming_content.fset(self, value)  # type: ignore[union-attr]
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        handover = self._handover
-        if handover is not None and handover.accept():
+        # A middleware's own response may draw on this one just now, and must see what it asked for.
+        if self._handover is not None and self._is_sent:
+            self._handover.take(self._body.stream)
             self._body.taken = True
             return _nothing()
         return super().__aiter__()
-
-    @property
-    def stream(self) -> Stream:
-        """The stream itself."""
-        return self._body.stream
 
 
 class _Body:

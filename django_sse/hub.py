@@ -22,7 +22,18 @@ class Subscription:
     waits may still be taken, nothing more comes, so a client never sees a gap without seeing the end.
     """
 
-    __slots__ = ("__weakref__", "_bytes", "_max_bytes", "_max_events", "_waiting", "channels", "ended", "slow", "wake")
+    __slots__ = (
+        "__weakref__",
+        "_bytes",
+        "_max_bytes",
+        "_max_events",
+        "_waiting",
+        "channels",
+        "ended",
+        "prompt",
+        "slow",
+        "wake",
+    )
 
     def __init__(self, channels: Iterable[str], *, max_events: int, max_bytes: int) -> None:
         self.channels = tuple(dict.fromkeys(channels))
@@ -30,6 +41,8 @@ class Subscription:
         self.ended: str | None = None
         #: Set by the owner for a client that does not take what waits; cleared when it has caught up.
         self.slow = False
+        #: Set by a stream that says itself when its client is slow: otherwise it only waits for its turn.
+        self.prompt = False
         #: Set by the stream: how the owner tells it that there is something to take.
         self.wake: Callable[[], None] | None = None
         self._waiting: deque[tuple[Event, bytes]] = deque()

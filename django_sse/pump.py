@@ -1,19 +1,19 @@
 """Delivers streams outside of Django's handler: one task for all clients of an event loop, not one for each.
 
-The pump steps the server's ``send()`` itself. A ``send()`` that finishes at once, as almost all do, costs no task; one
-that has to wait for a slow client becomes a task of its own, and holds up nobody. Time (heartbeats, age, clients that
-do not read) is looked at where it may have come, and not by a timer for each client.
+A ``send()`` of the server that finishes at once, as almost all do, is done within the pump's own step; one that has to
+wait for a slow client goes on as a task, and holds up nobody. Time (heartbeats, age, clients that do not read) is
+looked at where it may have come, and not by a timer for each client.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import contextvars
 import inspect
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar
 
 from .feeds import HEARTBEAT
@@ -30,8 +30,11 @@ BATCH = 100
 TICK = 0.1
 #: Seconds between two looks at a client for which nothing is timed.
 LONGEST = 60.0
-#: One for all idle clients: servers read a message and do not change it.
-_HEARTBEAT_MESSAGE = {"type": "http.response.body", "body": HEARTBEAT, "more_body": True}
+#: Whether a task can make its first step at once.
+_EAGER: Any = {"eager_start": True} if hasattr(asyncio, "eager_task_factory") else {}
+#: One for all clients: servers read a message and do not change it.
+_HEARTBEAT = {"type": "http.response.body", "body": HEARTBEAT, "more_body": True}
+_END = {"type": "http.response.body", "body": b"", "more_body": False}
 
 
 class Delivery(LoopBell):
@@ -41,7 +44,8 @@ class Delivery(LoopBell):
         "_app",
         "_blocked",
         "_blocked_since",
-        "_gone",
+        "_context",
+        "_ended",
         "_heartbeat",
         "_interval",
         "_last_sent",
@@ -58,6 +62,8 @@ class Delivery(LoopBell):
         self._stream = stream
         self._send = send
         self._pump = _Pump.of_running_loop()
+        # What stands around the server's send(), tracing for instance, may keep things of its request in it.
+        self._context = contextvars.copy_context()
         #: The task of a ``send()`` that waits for the client, and since when it does.
         self._blocked: asyncio.Task[None] | None = None
         self._blocked_since = 0.0
@@ -65,36 +71,36 @@ class Delivery(LoopBell):
         self._heartbeat = stream.heartbeat
         self._too_old: float | None = None
         #: Seconds between two looks at the clock at most.
-        self._interval = stream.stall_timeout or LONGEST
+        self._interval = min(stream.stall_timeout or LONGEST, stream.heartbeat or LONGEST)
+        #: Whether the end of the response is sent.
+        self._ended = False
+        #: Whether nothing is sent any more.
         self._over = False
-        #: Whether the client has left, as far as sending tells.
-        self._gone = False
         self._app: asyncio.Task[Any] | None = None
         self._receiving = False
 
     async def run(self, receive: Callable[[], Awaitable[Any]]) -> None:
         """Deliver until the client has left or the stream has ended."""
         stream = self._stream
-        await stream.begin_on_loop()
-        self._too_old = stream.too_old
-        self._app = asyncio.current_task()
-        stream.ring_by(self.ring)
-        self._pump.add(self)
         try:
+            await stream.begin_on_loop()
+            self._too_old = stream.too_old
+            self._app = asyncio.current_task()
+            stream.ring_by(self.ring)
+            stream.mark(slow=False)
+            self._pump.add(self)
             await self._until_over(receive)
         finally:
+            self._over = True
             self._pump.remove(self)
             if self._blocked is not None:
                 self._blocked.cancel()
-            self._app = None
+            del self._app, self._stream  # the pump may know this delivery until the next look at its clock
             stream.shut()
             await stream.settle_on_loop()
-        if self._over and self._blocked is None and not self._gone:
-            with contextlib.suppress(OSError):
-                await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def over(self) -> bool:
-        """Whether the stream has ended, on our side."""
+        """Whether nothing is sent any more."""
         return self._over
 
     async def _until_over(self, receive: Callable[[], Awaitable[Any]]) -> None:
@@ -117,70 +123,71 @@ class Delivery(LoopBell):
             if self._receiving and self._app is not None:
                 self._app.cancel()
 
-    def _leave(self) -> None:
-        self._gone = True
-        self._finish()
-
     def answer(self) -> None:
         """Have the stream looked at."""
         self._pump.ready(self)
 
     def turn(self) -> None:
         """Send all that there is, as far as the client takes it."""
-        if self._blocked is not None or self._over:
-            return
         self.clear()
-        try:
-            while self._blocked is None and not self._over:
-                chunk = self._stream.take()
-                if chunk is None:
-                    if self._stream.over:
-                        self._finish()
-                    return
-                self._step(chunk, time.monotonic())
-        except Exception:
-            log.exception("A stream could not be delivered")
-            self._stream.shut("error")
-            self._finish()
+        while self._blocked is None and not self._over:
+            if self._ended:
+                self._finish()
+                return
+            chunk = self._stream.take()
+            if chunk is not None:
+                self._give(chunk, time.monotonic())
+            elif self._stream.over:
+                self._ended = True
+                self._step(_END, time.monotonic())
+            else:
+                return
 
-    def _step(self, chunk: Any, now: float) -> None:
-        self._last_sent = now
+    def _give(self, chunk: Any, now: float) -> None:
         if chunk is HEARTBEAT:
-            sending = self._send(_HEARTBEAT_MESSAGE)
+            self._step(_HEARTBEAT, now)
         else:
-            sending = self._send({"type": "http.response.body", "body": chunk, "more_body": True})
-        rest: Awaitable[None]
-        if inspect.iscoroutine(sending):
-            try:
-                rest = _Rest(sending, sending.send(None))
-            except StopIteration:
-                return
-            except OSError:  # ASGI HTTP, section "Disconnected client - send exception"
-                self._leave()
-                return
-        else:
-            rest = sending  # of a server whose awaitables belong to a task
-        self._blocked_since = self._last_sent
-        self._blocked = asyncio.get_running_loop().create_task(self._wait_for(rest))
+            self._step({"type": "http.response.body", "body": chunk, "more_body": True}, now)
 
-    async def _wait_for(self, rest: Awaitable[None]) -> None:
-        try:
-            await rest
-        except OSError:
-            self._leave()
-        except Exception:
-            log.exception("A stream could not be delivered")
-            self._stream.shut("error")
-            self._finish()
+    def _step(self, message: dict[str, Any], now: float) -> None:
+        self._last_sent = now
+        task = _begin(self._send(message), self._context)
+        if task.done():
+            self._sent(task)
+        else:
+            self._blocked, self._blocked_since = task, now
+            self._stream.mark(slow=True)
+            task.add_done_callback(self._unblocked)
+
+    def _unblocked(self, task: asyncio.Task[None]) -> None:
         self._blocked = None
         self._last_sent = time.monotonic()
+        if not self._over:
+            self._stream.mark(slow=False)
+        self._sent(task)
         self._pump.ready(self)
+
+    def _sent(self, task: asyncio.Task[None]) -> None:
+        # Cancelled by the server, for by us it is only when all is over.
+        error = None if task.cancelled() else task.exception()
+        if error is not None or task.cancelled():
+            # An OSError says that the client has left (ASGI HTTP, "Disconnected client - send exception").
+            if error is not None and not isinstance(error, OSError):
+                self.fail(error)
+            self._finish()
+
+    def fail(self, error: BaseException) -> None:
+        """End the stream for an error that is not its iterator's."""
+        if not self._over:
+            log.error("A stream could not be delivered", exc_info=error)
+            self._stream.shut("error")
+            self._finish()
 
     def look(self, now: float) -> float:
         """Do what the clock demands; return when to look again."""
-        if self._blocked is not None:
-            return self._look_at_blocked(now)
         again = now + self._interval
+        if self._blocked is not None:
+            return self._look_at_blocked(now, again)
         if self._too_old is not None:
             if now >= self._too_old:
                 self._stream.end("max_age")
@@ -191,43 +198,32 @@ class Delivery(LoopBell):
             if now >= due:
                 chunk = self._stream.silence()
                 if chunk:
-                    self._step(chunk, now)
+                    self._give(chunk, now)
                 due = now + heartbeat
             again = min(again, due)
         return again
 
-    def _look_at_blocked(self, now: float) -> float:
+    def _look_at_blocked(self, now: float, again: float) -> float:
         patience = self._stream.stall_timeout
         if patience is None:
-            return now + self._interval
+            return again
         if now >= self._blocked_since + patience:
             self._stream.shut("stalled")
             self._finish()
-        return self._blocked_since + patience
+        return min(again, self._blocked_since + patience)
 
 
-class _Rest:
-    """What is left of a coroutine that was stepped by hand, and waits for ``waiting``."""
+def _begin(sending: Awaitable[None], context: contextvars.Context) -> asyncio.Task[None]:
+    """Return a task of ``sending`` that has made its first step; before Python 3.12, one that makes it soon."""
+    coroutine = sending if inspect.iscoroutine(sending) else _wait_for(sending)
+    loop = asyncio.get_running_loop()
+    if _EAGER:
+        return asyncio.Task(coroutine, loop=loop, context=context, **_EAGER)
+    return context.run(loop.create_task, coroutine)
 
-    __slots__ = ("_coroutine", "_waiting")
 
-    def __init__(self, coroutine: Any, waiting: Any) -> None:
-        self._coroutine = coroutine
-        self._waiting = waiting
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        waiting = self._waiting
-        while True:
-            try:
-                sent = yield waiting
-            except BaseException as error:  # noqa: BLE001  # a cancellation, which is for the coroutine to see
-                step, argument = self._coroutine.throw, error
-            else:
-                step, argument = self._coroutine.send, sent
-            try:
-                waiting = step(argument)
-            except StopIteration:
-                return
+async def _wait_for(sending: Awaitable[None]) -> None:
+    await sending
 
 
 class _Pump:
@@ -261,10 +257,14 @@ class _Pump:
         self._pumps[self._loop] = self
         if self._task is None:
             self._seen = _tick_of(time.monotonic())
-            self._timer = self._loop.call_later(TICK, self._look)
-            self._task = self._loop.create_task(self._run())
+            # In a context of its own: that of the first client is not the others' business.
+            contextvars.Context().run(self._start)
         self.ready(delivery)
         self._look_later(delivery, time.monotonic())
+
+    def _start(self) -> None:
+        self._timer = self._loop.call_later(TICK, self._look)
+        self._task = self._loop.create_task(self._run())
 
     def remove(self, delivery: Delivery) -> None:
         self._deliveries.discard(delivery)
@@ -285,7 +285,7 @@ class _Pump:
             while self._deliveries:
                 while self._ready or self._timed:
                     for _ in range(min(BATCH, len(self._ready))):
-                        self._ready.popleft().turn()
+                        self._serve(self._ready.popleft())
                     self._look_at_some()
                     await asyncio.sleep(0)
                 if self._deliveries:
@@ -298,6 +298,13 @@ class _Pump:
             self._timer.cancel()
             self._due.clear()
             self._pumps.pop(self._loop, None)
+
+    @staticmethod
+    def _serve(delivery: Delivery) -> None:
+        try:
+            delivery.turn()
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is no reason to leave the others
+            delivery.fail(error)
 
     def _look(self) -> None:
         tick = _tick_of(time.monotonic())
@@ -318,10 +325,10 @@ class _Pump:
     def _look_at(self, delivery: Delivery, now: float) -> None:
         try:
             again = delivery.look(now)
-        except Exception:
-            log.exception("A stream could not be looked after")
-            again = now + LONGEST
-        self._look_later(delivery, again)
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is no reason to leave the others
+            delivery.fail(error)
+        else:
+            self._look_later(delivery, again)
 
     def _look_later(self, delivery: Delivery, at: float) -> None:
         self._due.setdefault(max(_tick_of(at), self._seen) + 1, []).append(delivery)

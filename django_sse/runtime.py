@@ -111,6 +111,14 @@ class Runtime:
                 self._calm.notify_all()
             return taken
 
+    def mark(self, subscription: Subscription, *, slow: bool) -> None:
+        """Say of a ``prompt`` subscription whether its client takes what it is sent."""
+        with self._lock:
+            subscription.slow = slow
+            if slow and subscription in self._crowded:
+                self._crowded.discard(subscription)
+                self._calm.notify_all()
+
     def end(self, subscription: Subscription, reason: str) -> None:
         """Unregister ``subscription``; whoever waits for it sees its end."""
         with self._lock:
@@ -155,13 +163,22 @@ class Runtime:
         else:
             patience = 0.0  # this thread runs a loop: waiting for its own clients would be in vain
         with self._lock:
-            left = 0
-            while self._crowded and len(self._crowded) != left:
-                left = len(self._crowded)
-                self._calm.wait(patience)
-            for subscription in self._crowded:
-                subscription.slow = True
-            self._crowded.clear()
+            self._wait_for(self._crowded, patience)
+            self._give_up({subscription for subscription in self._crowded if not subscription.prompt})
+            # The others wait for this process alone, and say so when they wait for their client.
+            self._wait_for(self._crowded, patience * 10)
+            self._give_up(set(self._crowded))
+
+    def _wait_for(self, crowded: set[Subscription], patience: float) -> None:
+        left = 0
+        while crowded and len(crowded) != left:
+            left = len(crowded)
+            self._calm.wait(patience)
+
+    def _give_up(self, subscriptions: set[Subscription]) -> None:
+        for subscription in subscriptions:
+            subscription.slow = True
+        self._crowded -= subscriptions
 
 
 class Listener:
@@ -188,6 +205,11 @@ class Listener:
         At most ``limit`` of them, and no more after the one that makes it ``max_bytes``.
         """
         return self._runtime.take(self.subscription, limit, max_bytes)
+
+    def mark(self, *, slow: bool) -> None:
+        """Say whether the client takes what it is sent, as the stream knows from now on."""
+        self.subscription.prompt = True
+        self._runtime.mark(self.subscription, slow=slow)
 
     def close(self, reason: str = "client") -> None:
         """Give the subscription back. May be called again, and by any thread."""

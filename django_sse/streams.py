@@ -147,9 +147,7 @@ class Stream:
         if not self._begun:
             self._begun = True
             if self.account is not None:
-                await self.begin_on_loop()
-                lend(self.close)
-                await arelease_connections()
+                await self._begin_in_handler()
         bell = self._loop_bell
         if bell is None:
             bell = self._loop_bell = LoopBell()
@@ -179,6 +177,11 @@ class Stream:
         """Have ``ring`` called, by any thread, when ``take()`` has something to give or the end has come."""
         self._make_feed(on_loop=True).ring_by(ring)
 
+    def mark(self, *, slow: bool) -> None:
+        """Say whether the client takes what it is sent: who delivers the stream knows."""
+        if self._feed is not None:
+            self._feed.mark(slow=slow)
+
     @property
     def heartbeat(self) -> float | None:
         """Seconds of silence after which ``silence()`` is to be sent."""
@@ -188,6 +191,15 @@ class Stream:
     def too_old(self) -> float | None:
         """When the stream ends for its age (``time.monotonic()``)."""
         return self._too_old
+
+    async def _begin_in_handler(self) -> None:
+        try:
+            await self.begin_on_loop()
+            lend(self.close)
+            await arelease_connections()
+        except BaseException:
+            self.close()
+            raise
 
     async def _rung(self, bell: LoopBell) -> bool:
         try:
