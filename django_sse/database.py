@@ -6,7 +6,6 @@ cursor of it is still being read.
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import logging
 import threading
@@ -14,7 +13,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from asgiref.sync import SyncToAsync, ThreadSensitiveContext, sync_to_async
+from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext, sync_to_async
 from django.db import connections
 from django.db.backends.signals import connection_created
 
@@ -95,7 +94,8 @@ _here = _Here()
 
 def _watch(connection: Any, **kwargs: Any) -> None:
     if _here.steps and _note_cursor not in connection.execute_wrappers:
-        connection.execute_wrappers.append(_note_cursor)
+        # First, for whoever opens a connection within a wrapper of its own takes the last one away.
+        connection.execute_wrappers.insert(0, _note_cursor)
 
 
 def _note_cursor(execute: Callable[..., Any], sql: Any, params: Any, many: Any, context: Any) -> Any:
@@ -131,7 +131,7 @@ class _RequestThread(concurrent.futures.Executor):
         """Close the connections of the thread and end it."""
         with self._lock:
             thread = self._thread
-        if thread is not None and await _closed_by(thread, even_if_read=even_if_read):
+        if thread is not None and await _closed_in_thread(even_if_read=even_if_read):
             with self._lock:
                 if self._thread is thread:
                     self._thread = None
@@ -150,11 +150,11 @@ def _mark_stepping() -> None:
     _here.steps = True
 
 
-async def _closed_by(thread: concurrent.futures.Executor, *, even_if_read: bool) -> bool:
-    def release() -> bool:
-        return _release(even_if_read=even_if_read)
-
-    return await asyncio.wrap_future(thread.submit(release))
+async def _closed_in_thread(*, even_if_read: bool) -> bool:
+    """Close the connections of the request's thread; return whether the thread may end."""
+    # By way of asgiref: where sync code of the request waits for this async code, it is not the executor that is idle.
+    closed = await sync_to_async(_release)(even_if_read=even_if_read)
+    return closed and getattr(getattr(AsyncToSync, "executors", None), "current", None) is None
 
 
 def lend(over: Callable[[], None]) -> None:
@@ -175,12 +175,13 @@ def lend(over: Callable[[], None]) -> None:
 async def _arelease(*, even_if_read: bool) -> None:
     threads, context = _threads(), SyncToAsync.thread_sensitive_context.get(None)
     if threads is None:
-        await sync_to_async(release_connections)()
+        if even_if_read:  # which nobody could tell there
+            await sync_to_async(release_connections)()
         return
     thread = None if context is None else threads.get(context)
     if isinstance(thread, _RequestThread):
         await thread.release(even_if_read=even_if_read)
-    elif thread is not None and await _closed_by(thread, even_if_read=even_if_read):
+    elif thread is not None and await _closed_in_thread(even_if_read=even_if_read):
         threads.pop(context, None)
         thread.shutdown(wait=False)
 

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import sse
 
-from .database import ThreadSensitiveContext, arelease_idle, stepping
+from .database import ThreadSensitiveContext, arelease_idle, lend, stepping
 from .event import Event
 from .inbox import Mailbox, Mailboxes
 from .wire import Sse, comment
@@ -419,10 +419,14 @@ class InTask(_Working):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._next: asyncio.Future[None] | None = None
         self._cancelled = False
-        # The request's: whoever takes first may be another.
-        self._context = contextvars.copy_context()
+        self._context = contextvars.Context()
         #: Whether the task is outside of Django's handler, where sync code has no thread of its own request.
         self.outside = False
+
+    def ring_by(self, ring: Callable[[], None]) -> None:
+        super().ring_by(ring)
+        # The iterator runs in that of whoever waits for it: the view's own may belong to a thread that is waited for.
+        self._context = contextvars.copy_context()
 
     def _work(self) -> None:
         if self._loop is None:
@@ -442,6 +446,7 @@ class InTask(_Working):
     async def _run(self) -> None:
         if self.outside:
             async with ThreadSensitiveContext():
+                lend(_nothing)
                 await self._step_all()
         else:
             await self._step_all()

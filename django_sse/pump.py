@@ -61,7 +61,7 @@ class Delivery(LoopBell):
         super().__init__()
         self._stream = stream
         self._send = send
-        self._pump = _Pump.of_running_loop()
+        self._pump: _Pump
         # What stands around the server's send(), tracing for instance, may keep things of its request in it.
         self._context = contextvars.copy_context()
         #: The task of a ``send()`` that waits for the client, and since when it does.
@@ -86,16 +86,20 @@ class Delivery(LoopBell):
             await stream.begin_on_loop()
             self._too_old = stream.too_old
             self._app = asyncio.current_task()
+            self._pump = _Pump.of_running_loop()
+            self._pump.add(self)
             stream.ring_by(self.ring)
             stream.mark(slow=False)
-            self._pump.add(self)
-            await self._until_over(receive)
+            try:
+                await self._until_over(receive)
+            finally:
+                self._pump.remove(self)
         finally:
             self._over = True
-            self._pump.remove(self)
             if self._blocked is not None:
                 self._blocked.cancel()
-            del self._app, self._stream  # the pump may know this delivery until the next look at its clock
+            # The pump may know this delivery until the next look at its clock.
+            del self._app, self._context, self._send, self._stream
             stream.shut()
             await stream.settle_on_loop()
 
@@ -254,7 +258,6 @@ class _Pump:
 
     def add(self, delivery: Delivery) -> None:
         self._deliveries.add(delivery)
-        self._pumps[self._loop] = self
         if self._task is None:
             self._seen = _tick_of(time.monotonic())
             # In a context of its own: that of the first client is not the others' business.
@@ -265,6 +268,7 @@ class _Pump:
     def _start(self) -> None:
         self._timer = self._loop.call_later(TICK, self._look)
         self._task = self._loop.create_task(self._run())
+        self._task.add_done_callback(self._stop)  # also if it is cancelled before it runs
 
     def remove(self, delivery: Delivery) -> None:
         self._deliveries.discard(delivery)
@@ -293,7 +297,11 @@ class _Pump:
                     await self._sleep
                     self._sleep = None
         finally:
-            # The pump holds the loop, so nobody may hold the pump when there is nothing to do, or the loop ends.
+            self._stop()
+
+    def _stop(self, task: object = None) -> None:
+        # The pump holds the loop, so nobody may hold the pump when there is nothing to do, or the loop ends.
+        if self._task is not None and task in (None, self._task):
             self._task = None
             self._timer.cancel()
             self._due.clear()
