@@ -24,7 +24,7 @@ from .exceptions import BrokerUnavailable, TooManyStreams
 from .signals import stream_closed
 from .wire import retry
 
-__all__ = ["Account", "OpenStream", "Registry", "StreamInfo", "open_streams", "send_closed"]
+__all__ = ["Account", "OpenStream", "Registry", "StreamInfo", "open_streams"]
 
 log = logging.getLogger("django_sse.streams")
 
@@ -119,6 +119,12 @@ class Registry:
         self._streams: weakref.WeakSet[Any] = weakref.WeakSet()
         self._owners: dict[Hashable, weakref.WeakSet[Any]] = {}
         self._watcher: threading.Thread | None = None
+        # Seconds between two looks of the watcher; set by whoever wants it to be less than it was.
+        self._interval = threading.TIMEOUT_MAX
+        self._hurry = threading.Event()
+        # Ends that receivers of the signal are yet to hear of, and whether a thread is telling them.
+        self._untold: deque[dict[str, Any]] = deque()
+        self._telling = False
         # Accounts of streams that were collected unclosed, in whatever thread that was.
         self._dropped: deque[Account] = deque()
         #: Whether this process is about to stop, and takes no new streams.
@@ -180,24 +186,53 @@ class Registry:
                     del self._owners[account.info.owner]
             told = account.settle("client")
             if told is not None:
-                send_closed(told)
+                self.send_closed(told)
+
+    def send_closed(self, told: dict[str, Any]) -> None:
+        """Send ``stream_closed`` with what ``Account.settle()`` has returned."""
+        if not stream_closed.has_listeners(told["sender"]):
+            return
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            stream_closed.send_robust(**told)
+            return
+        # Receivers may use the database, which would block the loop in this thread, and is refused by Django there.
+        with self._lock:
+            self._untold.append(told)
+            if not self._telling:
+                threading.Thread(target=self._tell, name="django-sse-closed").start()
+                self._telling = True
+
+    def _tell(self) -> None:
+        while True:
+            with self._lock:
+                if not self._untold:
+                    self._telling = False
+                    break
+                told = self._untold.popleft()
+            stream_closed.send_robust(**told)
+        release_connections()
 
     def watch(self, interval: float) -> None:
         """Have streams whose client does not read ended, looking every ``interval`` seconds, while there are any."""
         with self._lock:
+            if interval < self._interval:
+                self._interval = interval
+                self._hurry.set()
             if self._watcher is None:
-                self._watcher = threading.Thread(
-                    target=self._watch, args=(interval,), name="django-sse-watch", daemon=True
-                )
-                self._watcher.start()
+                watcher = threading.Thread(target=self._watch, name="django-sse-watch", daemon=True)
+                watcher.start()
+                self._watcher = watcher
 
-    def _watch(self, interval: float) -> None:
+    def _watch(self) -> None:
         while True:
-            time.sleep(interval)
+            if self._hurry.wait(self._interval):
+                self._hurry.clear()
             self._end_stalled(time.monotonic())
             with self._lock:
                 if not self._streams:
-                    self._watcher = None
+                    self._watcher, self._interval = None, threading.TIMEOUT_MAX
                     return
 
     def _end_stalled(self, now: float) -> None:
@@ -236,24 +271,6 @@ def _safely(function: Callable[..., object], *args: object) -> None:
         function(*args)
     except Exception:
         log.exception("A stream could not be ended")
-
-
-def send_closed(told: dict[str, Any]) -> None:
-    """Send ``stream_closed`` with what ``Account.settle()`` has returned."""
-    if not stream_closed.has_listeners(told["sender"]):
-        return
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        stream_closed.send_robust(**told)
-    else:
-        # Receivers may use the database, which in this thread would block the loop, and is refused by Django.
-        threading.Thread(target=_send_closed, args=(told,), name="django-sse-closed").start()
-
-
-def _send_closed(told: dict[str, Any]) -> None:
-    stream_closed.send_robust(**told)
-    release_connections()
 
 
 open_streams = Registry()

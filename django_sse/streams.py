@@ -18,7 +18,7 @@ from . import shutdown
 from .database import ThreadSensitiveContext, arelease_connections, lend, release_connections
 from .feeds import FEEDS, LATE, Chunk, Feed, InTask, Source
 from .inbox import LoopBell
-from .registry import Account, open_streams, send_closed
+from .registry import Account, open_streams
 from .signals import stream_closed, stream_opened
 from .workers import Workers, in_worker
 
@@ -356,7 +356,7 @@ class Stream:
     def _settle(self) -> None:
         told = self._tell()
         if told is not None:
-            send_closed(told)
+            open_streams.send_closed(told)
 
     async def settle_on_loop(self) -> None:
         """Tell what the stream has done, once."""

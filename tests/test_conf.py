@@ -8,7 +8,7 @@ import pytest
 from django.core.exceptions import ImproperlyConfigured
 from django.test import override_settings
 
-from django_sse.conf import DEFAULTS, check_heartbeat, configuration
+from django_sse.conf import DEFAULTS, check_seconds, configuration
 
 RIGHT, SIC = "REDIS_SSEQUEUE_CHANNEL_NAME", "REDIS_SSEQUEUE_CHANEL_NAME"
 
@@ -149,10 +149,10 @@ def test_a_wrong_value_is_no_harm_to_the_other_keys(settings, attribute):
 
 
 def test_the_heartbeat_of_a_view_is_checked_under_its_own_name():
-    assert check_heartbeat("Clock.heartbeat", 2.5) == 2.5
-    assert check_heartbeat("Clock.heartbeat", None) is None
+    assert check_seconds("Clock.heartbeat", 2.5) == 2.5
+    assert check_seconds("Clock.heartbeat", None) is None
     with pytest.raises(ImproperlyConfigured, match="^Clock.heartbeat must be a number of seconds above 0.* not 0"):
-        check_heartbeat("Clock.heartbeat", 0)
+        check_seconds("Clock.heartbeat", 0)
 
 
 # --- unknown keys ---

@@ -1,17 +1,25 @@
 """The instruments are proven before anything is measured with them: parser, client, server processes, waiting."""
 
 import contextlib
+import errno
+import os
 import signal
 import socket
+import sqlite3
+import sys
 import threading
 from contextlib import ExitStack
+from pathlib import Path
 
+import psycopg
 import pytest
 
+from tests.helpers import census, postgres
 from tests.helpers.client import StreamClient, request
 from tests.helpers.eventsource import Message, Parser, parse
 from tests.helpers.need import need
-from tests.helpers.process import RUNNING, free_port
+from tests.helpers.process import RUNNING, Process, free_port
+from tests.helpers.rawclient import RawClient, private_network
 from tests.helpers.servers import SERVERS
 from tests.helpers.wait import until
 
@@ -322,3 +330,129 @@ def test_a_restarted_redis_is_at_the_same_place_and_empty(redis_server):
     assert not redis_server.running
     redis_server.start()
     assert client.ping()
+
+
+# --- The census: what is counted from outside is what is there ---
+
+
+@pytest.fixture
+def postgres_census():
+    if not postgres.find():
+        pytest.skip("no PostgreSQL: the census counts on SQLite")
+    with census.Postgres() as database:
+        yield database
+
+
+def test_postgresql_counts_the_connections_of_each_program(postgres_census):
+    counts = []
+    with ExitStack() as stack:
+        for name in ("one", "one", "other"):
+            settings = postgres_census.settings(name)["default"]
+            names = {"host": settings["HOST"], "port": settings["PORT"], "user": settings["USER"]}
+            stack.enter_context(psycopg.connect(**names, dbname=settings["NAME"], **settings["OPTIONS"]))
+            counts.append(postgres_census.connections("one", os.getpid()))
+    assert counts == [1, 2, 2]
+    until(lambda: postgres_census.connections("one", os.getpid()) == 0, what="the end of the connections")
+
+
+def test_sqlite_connections_are_descriptors_of_the_file(tmp_path):
+    with census.Sqlite(tmp_path) as database:
+        file = database.settings("one")["default"]["NAME"]
+        with contextlib.closing(sqlite3.connect(file)), contextlib.closing(sqlite3.connect(file)):
+            assert database.connections("one", os.getpid()) == 2
+        assert database.connections("one", os.getpid()) == 0
+
+
+def test_postgresql_leaves_nothing_behind():
+    if not postgres.find():
+        pytest.skip("no PostgreSQL: the census counts on SQLite")
+    with postgres.PostgresServer() as server:
+        assert process_exists(server.pid)
+        folder = Path(server.settings["HOST"])
+        assert folder.is_dir()
+    assert not process_exists(server.pid)
+    assert not folder.exists()
+
+
+def process_exists(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_threads_and_descriptors_are_those_of_a_process_and_its_children():
+    child = (
+        "import os, sys, threading; threading.Thread(target=threading.Event().wait).start(); print('up', flush=True)"
+    )
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], stdin=open('/dev/zero'))"
+    with contextlib.closing(Process("parent", [sys.executable, "-c", parent])) as process:
+        until(lambda: "up" in process.log(), what="the child's thread")
+        until(lambda: census.threads(process.pid) == 3, what="one thread of the parent and two of its child")
+        assert len(census.processes(process.pid)) == 2
+        assert census.descriptors(process.pid)["/dev/zero"] == 2
+    assert census.threads(process.pid) == 0
+
+
+# --- The client that leaves in every way ---
+
+
+@pytest.fixture
+def connection():
+    """A RawClient and the server's end of its connection; the client has read what it was sent."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = RawClient(f"http://127.0.0.1:{listener.getsockname()[1]}/x")
+        server, _ = listener.accept()
+        with client, server:
+            server.settimeout(10)
+            assert server.recv(65536).startswith(b"GET /x HTTP/1.1\r\n")
+            server.sendall(b"hello")
+            client.read_until(b"hello")
+            yield client, server
+
+
+def test_a_client_that_closes_says_so(connection):
+    client, server = connection
+    client.close()
+    assert server.recv(1) == b""
+
+
+def test_a_client_that_resets_is_an_error(connection):
+    client, server = connection
+    client.reset()
+    with pytest.raises(ConnectionResetError):
+        server.recv(1)
+
+
+def test_a_client_that_vanishes_answers_nothing(connection):
+    client, server = connection
+    client.vanish()
+    server.settimeout(0.2)
+    server.sendall(b"anybody?")
+    with pytest.raises(TimeoutError, match="timed out"):
+        server.recv(1)
+    client._socket.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        client._socket.recv(1)
+
+
+def test_in_a_private_network_the_kernel_soon_gives_up_who_has_vanished_and_the_own_network_comes_back():
+    with socket.create_server(("127.0.0.1", 0)) as outside:
+        with private_network() as private:
+            if not private:
+                pytest.skip("needs root of a Linux")
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(outside.getsockname(), timeout=1)
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                client = RawClient(f"http://127.0.0.1:{listener.getsockname()[1]}/")
+                server, _ = listener.accept()
+            with client, server:
+                client.vanish()
+                server.sendall(b"anybody?")
+                server.settimeout(10)
+                server.recv(65536)
+                with pytest.raises(TimeoutError) as raised:
+                    server.recv(1)
+                assert raised.value.errno == errno.ETIMEDOUT
+        socket.create_connection(outside.getsockname(), timeout=1).close()

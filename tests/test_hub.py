@@ -156,14 +156,52 @@ def test_take_gives_at_most_the_limit_and_leaves_the_rest():
     assert subscription.take(2) == []
 
 
-@pytest.mark.parametrize("limit", [None, 1, 2])
-def test_what_was_taken_makes_room_for_as_many_bytes(limit):
+@pytest.mark.parametrize(
+    ("max_bytes", "expected"),
+    [
+        (1, ["12"]),
+        (2, ["12"]),
+        (3, ["12", "34"]),
+        (4, ["12", "34"]),
+        (5, ["12", "34", "56"]),
+        (6, ["12", "34", "56"]),
+        (60, ["12", "34", "56"]),
+        (None, ["12", "34", "56"]),
+    ],
+)
+def test_take_gives_no_more_after_the_event_that_makes_it_the_bytes_asked_for(max_bytes, expected):
+    hub = Hub()
+    subscription = subscribe(hub, "a")
+    publish(hub, "a", "12", "34", "56")
+    assert texts(subscription.take(max_bytes=max_bytes)) == expected
+    assert texts(subscription.take()) == ["12", "34", "56"][len(expected) :]
+
+
+def test_take_keeps_to_both_bounds():
+    hub = Hub()
+    subscription = subscribe(hub, "a")
+    publish(hub, "a", "12", "34", "56", "78", "90")
+    assert texts(subscription.take(1, 100)) == ["12"]
+    assert texts(subscription.take(100, 3)) == ["34", "56"]
+    assert texts(subscription.take(100, 100)) == ["78", "90"]
+
+
+def test_an_event_above_the_bytes_asked_for_is_given_alone():
+    hub = Hub()
+    subscription = subscribe(hub, "a")
+    publish(hub, "a", "123456", "7")
+    assert texts(subscription.take(max_bytes=2)) == ["123456"]
+    assert texts(subscription.take(max_bytes=2)) == ["7"]
+
+
+@pytest.mark.parametrize("limits", [(None, None), (1, None), (2, None), (None, 1), (None, 3), (2, 1)])
+def test_what_was_taken_makes_room_for_as_many_bytes(limits):
     hub = Hub()
     subscription = subscribe(hub, "a", max_bytes=4)
     for _ in range(5):
         publish(hub, "a", "12", "34")
         assert subscription.ended is None
-        taken = subscription.take(limit) + subscription.take(limit)
+        taken = subscription.take(*limits) + subscription.take(*limits)
         assert texts(taken) == ["12", "34"]
 
 
@@ -401,12 +439,15 @@ class HubAgainstLists(RuleBasedStateMachine):
         assert outcome.overflowed == [self.known[client] for client in overflowed]
         assert outcome.idle == idle
 
-    @rule(client=clients, limit=st.none() | st.integers(0, 3))
-    def take(self, client, limit):
-        taken = client.waiting[:limit]
+    @rule(client=clients, limit=st.none() | st.integers(0, 3), max_bytes=st.none() | st.integers(1, 12))
+    def take(self, client, limit, max_bytes):
+        taken = []
+        for text in client.waiting[:limit]:
+            if max_bytes is None or sum(map(len, taken)) < max_bytes:
+                taken.append(text)
         del client.waiting[: len(taken)]
         client.slow = client.slow and bool(taken or client.waiting)
-        assert texts(self.known[client].take(limit)) == taken
+        assert texts(self.known[client].take(limit, max_bytes)) == taken
 
     @rule(client=clients)
     def remove(self, client):

@@ -8,7 +8,7 @@ from collections import deque
 
 import pytest
 
-from django_sse.inbox import Inbox, Mailboxes
+from django_sse.inbox import Inbox, LoopBell, Mailboxes, _LoopAlarm
 from django_sse.workers import on_gevent
 from tests.helpers.loops import soon
 from tests.helpers.wait import until
@@ -30,7 +30,7 @@ class Box:
     def wake_by(self, wake):
         self.wake = wake
 
-    def take(self, limit=None):
+    def take(self, limit=None, max_bytes=None):
         count = len(self.waiting) if limit is None else min(limit, len(self.waiting))
         taken = [self.waiting.popleft() for _ in range(count)]
         self.looks += 1
@@ -342,6 +342,76 @@ def test_all_waits_of_a_loop_share_one_timer_and_it_ends_with_the_last(box, loop
     assert loop.run_until_complete(main()) == 1
 
 
+def test_a_short_timeout_among_long_ones_is_kept_and_so_are_they(loop):
+    async def main():
+        began = loop.time()
+        long = asyncio.create_task(Inbox(Box()).await_(0.5))
+        await turns()
+        assert await Inbox(Box()).await_(SHORT) == []
+        short = loop.time() - began
+        assert await long == []
+        return short, loop.time() - began
+
+    short, long = loop.run_until_complete(main())
+    assert SHORT <= short < 0.5
+    assert 0.5 <= long < 5
+
+
+def test_a_sweep_comes_no_more_often_than_it_may_however_short_the_timeouts(loop, monkeypatch):
+    monkeypatch.setattr(_LoopAlarm, "LEAST", 0.05)
+
+    async def main():
+        began = loop.time()
+        for _ in range(3):
+            assert await Inbox(Box()).await_(0) == []
+        return loop.time() - began
+
+    assert loop.run_until_complete(main()) >= 3 * 0.05 * 0.9
+
+
+# --- the loop's bell by itself ---
+
+
+def test_a_bell_that_was_rung_is_not_waited_for(loop):
+    async def main():
+        bell = LoopBell()
+        bell.ring()
+        assert await bell.wait(None)
+        assert await bell.wait(None)
+        bell.clear()
+        assert not await bell.wait(SHORT)
+
+    loop.run_until_complete(main())
+
+
+def test_a_bell_may_be_rung_by_another_thread_while_it_is_waited_for(loop):
+    async def main():
+        bell = LoopBell()
+        task = asyncio.create_task(bell.wait(LONG))
+        await turns()
+        threading.Thread(target=bell.ring).start()
+        assert await task
+        assert bell.future is None
+
+    loop.run_until_complete(main())
+
+
+def test_who_begins_to_wait_is_answered_by_a_ring_and_not_after_the_end(loop):
+    async def main():
+        bell = LoopBell()
+        waiting = bell.begin(None)
+        bell.answer()
+        bell.answer()
+        assert waiting.done()
+        waiting = bell.begin(LONG)
+        bell.end()
+        bell.ring()
+        await turns()
+        assert not waiting.done()
+
+    loop.run_until_complete(main())
+
+
 # --- loops that are gone ---
 
 
@@ -361,9 +431,19 @@ def test_a_loop_that_closes_at_the_moment_of_the_ring_harms_nobody(box, inbox, l
 
 
 @pytest.mark.skipif(on_gevent(), reason="asyncio has no place among greenlets: the views refuse it there")
-def test_a_loop_is_kept_alive_by_no_inbox_and_its_end_harms_nobody(box, inbox):
+@pytest.mark.parametrize("timeout", [0, LONG])
+def test_a_loop_is_kept_alive_by_no_inbox_and_its_end_harms_nobody(box, inbox, timeout):
+    """Also where its end leaves a timer behind."""
+
+    async def main():
+        task = asyncio.create_task(inbox.await_(timeout))
+        await turns()
+        if timeout:
+            task.cancel()
+        await asyncio.wait([task])
+
     loop = asyncio.new_event_loop()
-    loop.run_until_complete(inbox.await_(0))
+    loop.run_until_complete(main())
     loop.close()
     reference = weakref.ref(loop)
     del loop
@@ -412,6 +492,21 @@ def test_a_mailbox_that_comes_during_the_end_ends_too(box):
     box.wake_by(lambda: mailboxes.add(late))
     mailboxes.close()
     assert late.ended == "client"
+
+
+def test_the_mailboxes_of_a_stream_are_told_why_it_ends(box):
+    mailboxes = Mailboxes()
+    mailboxes.add(box)
+    mailboxes.close("max_age")
+    assert box.ended == "max_age"
+
+
+def test_a_mailbox_that_has_ended_is_not_kept(box):
+    mailboxes = Mailboxes()
+    mailboxes.add(box)
+    box.close()
+    mailboxes.add(other := Box())
+    assert mailboxes._opened == [other]
 
 
 def test_a_stream_may_end_again():

@@ -16,11 +16,12 @@ from django.http import Http404
 from django.test import RequestFactory, override_settings
 from django.utils.translation import gettext_lazy
 
-from django_sse import redisqueue, runtime
+from django_sse import redisqueue, runtime, views
 from django_sse.brokers.memory import MemoryBroker
 from django_sse.brokers.redis import RedisBroker
 from django_sse.exceptions import BrokerUnavailable
 from django_sse.redisqueue import ConnectionPoolManager, RedisQueueView, asend_event, send_event
+from django_sse.registry import Registry
 from django_sse.wire import Sse
 from tests.helpers.loops import needs_loops, soon
 from tests.helpers.process import free_port
@@ -297,6 +298,20 @@ def test_the_subscription_of_a_client_ends_with_its_response(connect):
     assert stats()["subscriptions"] == 2
 
 
+@override_settings(DJANGO_SSE={"CHANNEL_PREFIX": "mine:"})
+def test_a_prefix_stands_before_what_is_sent_and_what_is_listened_to_alike(connect):
+    chunk = connect(redis_channel="room")
+    assert redisqueue._runtime()._hub.channels == ["mine:room"]
+    send_event("", "1", "room")
+    assert chunk() == event("", "1")
+    with override_settings(DJANGO_SSE={"CHANNEL_PREFIX": ""}):
+        send_event("", "of another application", "room")
+    other = connect(redis_channel="mine:room")
+    assert redisqueue._runtime()._hub.channels == ["mine:mine:room"]
+    send_event("", "2", "mine:room")
+    assert other() == event("", "2")
+
+
 # --- the iterator, called by the program ----------------------------------------------------------------------------
 
 
@@ -367,6 +382,44 @@ def test_the_end_of_the_process_ends_the_loop_of_the_program():
     runtime.reset()
     program.join(10)
     assert ended == [True]
+
+
+@pytest.mark.parametrize("reason", ["shutdown", "max_age", "stalled", "client"])
+def test_a_stream_that_ends_ends_the_loop_of_the_program(monkeypatch, reason):
+    """Under a server of threads nobody can interrupt the thread that waits for the next event."""
+
+    class Loops(RedisQueueView):
+        def iterator(self):
+            try:
+                for _ in super().iterator():
+                    yield
+                after.append(1)
+            finally:
+                ended.append(1)
+
+    registry = Registry()
+    monkeypatch.setattr(views, "open_streams", registry)
+    after, ended = [], []
+    response = Loops.as_view(redis_channel="room")(RequestFactory().get("/"))
+    chunks = iter(response)
+    assert next(chunks) == b"retry: 2000\n\n"
+    rest = []
+    reader = threading.Thread(target=lambda: rest.extend(chunks), daemon=True)
+    reader.start()
+    (stream,) = registry.all()
+    (subscription,) = redisqueue._runtime()._hub.subscriptions
+    until(lambda: subscription.wake, what="the program to wait")
+    if reason in ("shutdown", "max_age"):
+        stream.end(reason, b"bye")
+    else:
+        stream.close(reason)
+    reader.join(10)
+    assert not reader.is_alive()
+    assert rest == ([b"bye"] if reason in ("shutdown", "max_age") else [])
+    assert ended == [1]
+    assert after == ([] if reason == "client" else [1])
+    response.close()
+    assert stats() == {"channels": 0, "subscriptions": 0}
 
 
 def test_the_error_of_a_redis_that_is_down_is_the_first_step_of_the_program():

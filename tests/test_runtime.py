@@ -245,6 +245,31 @@ def test_take_gives_at_most_as_many_as_are_asked_for(run, broker):
     assert listener.take() == []
 
 
+def test_take_gives_no_more_after_the_event_that_makes_it_the_bytes_asked_for(run, broker):
+    listener = run.open(["a"], **BOUNDS)
+    for number in range(5):
+        broker.publish("a", payload(str(number) * 100))
+    assert texts(listener.take(max_bytes=101)) == ["0" * 100]
+    assert texts(listener.take(max_bytes=150)) == ["1" * 100, "2" * 100]
+    assert texts(listener.take(1, 150)) == ["3" * 100]
+    assert texts(listener.take(max_bytes=1000)) == ["4" * 100]
+
+
+def test_a_client_that_takes_in_small_bites_is_waited_for_until_it_is_less_crowded(run, monkeypatch):
+    monkeypatch.setattr(runtime, "PATIENCE", 30)
+    listener = run.open(["a"], max_events=8, max_bytes=1024)
+    listener.wake_by(never)
+    delivery = threading.Thread(
+        target=run.deliver, args=([("a", payload(str(number))) for number in range(5)],), daemon=True
+    )
+    delivery.start()
+    until(lambda: listener.subscription in run._crowded, what="the wait")
+    assert len(listener.take(max_bytes=1)) == 1
+    delivery.join(10)
+    assert not delivery.is_alive()
+    assert not listener.subscription.slow
+
+
 @pytest.mark.parametrize("bad", [b"\xff", b"no json", b"[1]", b'["a"]', b'["a\\nb", "c"]', b"{}", "[" * 100_000])
 def test_a_payload_that_is_no_event_is_logged_with_its_channel_and_skipped(run, broker, caplog, bad):
     listener = run.open(["room"], **BOUNDS)

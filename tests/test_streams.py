@@ -1,42 +1,41 @@
-"""The table FEEDS: what iterator() gives x how the server asks, each cell by itself."""
+"""Streams: what they send in which order, how they break a silence, how each of them ends, and what they tell of it."""
 
 import asyncio
-import contextvars
 import gc
+import logging
 import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
-import sse
+from asgiref.sync import ThreadSensitiveContext, sync_to_async
+from django.core.exceptions import SynchronousOnlyOperation
+from django.utils.asyncio import async_unsafe
 
-from django_sse import streams
+from django_sse import feeds, streams
 from django_sse.brokers.memory import MemoryBroker
-from django_sse.event import Event, encode_payload
+from django_sse.event import encode_payload
 from django_sse.exceptions import BrokerUnavailable
+from django_sse.feeds import LATE, Source
 from django_sse.inbox import Mailboxes
+from django_sse.registry import Account, Registry, StreamInfo, open_streams
 from django_sse.runtime import Runtime
-from django_sse.feeds import FEEDS, Source, flush_sse, has_own_iter
-from django_sse.streams import Stream
-from django_sse.wire import Sse
+from django_sse.signals import stream_closed, stream_opened
+from django_sse.streams import JITTER, Stream
 from django_sse.workers import Workers, in_worker
+from tests.helpers.cells import ASKED, BESIDE, STEPPED, WAITING, as_given, cells, make
 from tests.helpers.loops import needs_loops, soon
 from tests.helpers.wait import until
 
-
-def cell(kind, *, on_loop):
-    return pytest.param(
-        kind,
-        on_loop,
-        id=f"{kind}-{'loop' if on_loop else 'thread'}",
-        marks=[needs_loops] if on_loop or kind == "async" else [],
-    )
+#: Every cell.
+ALL = cells(*((kind, on_loop) for kind in ("sync", "async", "mailbox") for on_loop in (False, True)))
+#: The cells that can be waited beside.
+SILENT = cells(("sync", True), ("async", False), ("async", True), ("mailbox", False), ("mailbox", True))
+HEARTBEAT = ":\n\n"
 
 
-#: The cells whose steps are a user's code.
-STEPPED = pytest.mark.parametrize(
-    ("kind", "on_loop"), [cell(kind, on_loop=on_loop) for kind in ("sync", "async") for on_loop in (False, True)]
-)
-#: The cells that wait for a mailbox.
-WAITING = pytest.mark.parametrize(("kind", "on_loop"), [cell("mailbox", on_loop=on_loop) for on_loop in (False, True)])
+class View:
+    """Stands for the view class in what is told of a stream."""
 
 
 @pytest.fixture
@@ -61,24 +60,16 @@ def publish(run, *texts):
         run.broker.publish("a", encode_payload("", text))
 
 
-def as_given(value):
-    return () if value is None else (value,)
+def opened(*mailboxes):
+    """What a view has subscribed to for a stream."""
+    all_of_them = Mailboxes()
+    for mailbox in mailboxes:
+        all_of_them.add(mailbox)
+    return all_of_them
 
 
-def make(kind, steps):
-    """The iterator of a kind that runs the plain generator function `steps`."""
-    if kind == "sync":
-        return steps()
-
-    async def asynchronous():
-        generator = steps()
-        try:
-            for value in generator:
-                yield value
-        finally:
-            generator.close()
-
-    return asynchronous()
+def make_account():
+    return Account(StreamInfo(View, "/path", ("a",)))
 
 
 class Reader:
@@ -88,7 +79,17 @@ class Reader:
         self.stream = stream
         self.on_loop = on_loop
         self._loop = asyncio.new_event_loop() if on_loop else None
-        self._iterator = aiter(stream) if on_loop else iter(stream)
+        self._iterator = self.call(lambda: aiter(stream) if on_loop else iter(stream))
+
+    def call(self, function):
+        """Call `function` where the server runs."""
+        if self._loop is None:
+            return function()
+
+        async def call():
+            return function()
+
+        return self._loop.run_until_complete(call())
 
     def next(self):
         """The next chunk, or None at the end."""
@@ -139,7 +140,8 @@ class Reader:
         self.stream.close()
         if self._loop is not None:
             self._loop.run_until_complete(asyncio.sleep(0))
-            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            waiting = asyncio.all_tasks(self._loop)
+            self._loop.run_until_complete(asyncio.wait(waiting, timeout=10) if waiting else asyncio.sleep(0))
             self._loop.close()
 
 
@@ -160,30 +162,88 @@ def read():
     until(lambda: not any(thread.is_alive() for thread in mine), what="the end of the threads")
 
 
-@pytest.fixture
-def open_stream(workers, read):
-    """A function that returns the reader of a stream of steps."""
+LIMITS = {"account", "max_age", "stall_timeout"}
 
-    def open_stream(kind, steps, *, on_loop, flush=as_given, **source):
-        return read(Stream(Source(make(kind, steps), flush, **source), workers, on_loop=on_loop), on_loop=on_loop)
+
+@pytest.fixture
+def open_stream(workers, read, mailbox):
+    """A function that returns the reader of a stream, of `steps` or of the mailbox."""
+
+    def open_stream(kind, steps=None, *, on_loop, flush=as_given, server=False, **options):
+        limits = {name: options.pop(name) for name in LIMITS & set(options)}
+        if kind == "mailbox":
+            source = Source(None, flush, mailbox=mailbox, mailboxes=opened(mailbox), **options)
+        else:
+            source = Source(make(kind, steps) if callable(steps) else steps, flush, **options)
+        stream = Stream(source, workers, on_loop=on_loop, **limits)
+        return read(stream.for_server() if server else stream, on_loop=on_loop)
 
     return open_stream
 
 
-# --- every cell of user code ----------------------------------------------------------------------------------------
+class Silence:
+    """An iterator that sends nothing until it is told to, and knows whether somebody has cancelled it."""
+
+    def __init__(self, kind):
+        self.entered, self.go_on, self.ended = threading.Event(), threading.Event(), threading.Event()
+        self.cancelled = False
+        self.steps = self._sync() if kind == "sync" else self._async()
+
+    def _sync(self):
+        try:
+            self.entered.set()
+            assert self.go_on.wait(10)
+            yield "event"
+        finally:
+            self.ended.set()
+
+    async def _async(self):
+        try:
+            self.entered.set()
+            await soon(self.go_on.is_set)
+            yield "event"
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+        finally:
+            self.ended.set()
 
 
-def test_the_table_has_a_driver_for_each_kind_and_each_server():
-    assert set(FEEDS) == {"sync", "async", "mailbox"}
-    assert all(len(row) == 2 for row in FEEDS.values())
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock of `streams`, which stands still until it is moved."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(streams, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def endless():
+    while True:
+        yield "chunk"
+
+
+# --- order ----------------------------------------------------------------------------------------------------------
 
 
 @STEPPED
 def test_each_step_is_a_chunk_and_the_end_is_the_end(open_stream, kind, on_loop):
-    reader = open_stream(kind, lambda: iter(["a", "b", "c"]), on_loop=on_loop) if kind == "sync" else None
-    reader = reader or open_stream(kind, lambda: (value for value in "abc"), on_loop=on_loop)
+    reader = open_stream(kind, lambda: (value for value in "abc"), on_loop=on_loop)
     assert reader.all() == ["a", "b", "c"]
     assert reader.next() is None
+    assert reader.stream.over
+
+
+@STEPPED
+def test_the_first_chunks_leave_before_the_first_step(open_stream, kind, on_loop):
+    def steps():
+        stepped.append(1)
+        yield "step"
+
+    stepped = []
+    reader = open_stream(kind, steps, on_loop=on_loop, first=["first", "", "second"])
+    assert [reader.next(), reader.next()] == ["first", "second"]
+    assert stepped == []
+    assert reader.all() == ["step"]
 
 
 @STEPPED
@@ -199,74 +259,398 @@ def test_nothing_is_stepped_before_it_is_asked_for(open_stream, kind, on_loop):
     assert taken == []
     assert reader.next() == "0"
     assert taken == [0]
-    assert reader.next() == "1"
-    assert taken == [0, 1]
 
 
 @STEPPED
-def test_the_first_chunks_leave_before_the_first_step(open_stream, kind, on_loop):
+def test_asking_for_the_iterator_again_goes_on_where_it_was(open_stream, kind, on_loop):
+    reader = open_stream(kind, lambda: (value for value in "abc"), on_loop=on_loop)
+    assert reader.next() == "a"
+    reader._iterator = reader.call(lambda: aiter(reader.stream) if on_loop else iter(reader.stream))
+    assert reader.all() == ["b", "c"]
+
+
+@WAITING
+def test_what_waits_leaves_in_one_chunk_after_the_first(run, open_stream, kind, on_loop):
+    reader = open_stream(kind, on_loop=on_loop, first=["first"])
+    assert reader.next() == "first"
+    publish(run, "1", "2")
+    assert reader.next() == "event: \ndata: 1\n\nevent: \ndata: 2\n\n"
+
+
+@WAITING
+def test_what_is_published_meanwhile_wakes_the_stream(run, open_stream, mailbox, kind, on_loop):
+    reader = open_stream(kind, on_loop=on_loop)
+    result = reader.begin()
+    until(lambda: mailbox.subscription.wake, what="the stream to wait")
+    publish(run, "1")
+    assert result() == "event: \ndata: 1\n\n"
+
+
+@WAITING
+def test_every_client_of_the_server_gets_the_same_bytes(run, workers, read, kind, on_loop):
+    mailboxes = [run.open(["a"], max_events=9, max_bytes=999) for _ in range(2)]
+    sources = [Source(None, as_given, mailbox=mailbox) for mailbox in mailboxes]
+    readers = [read(Stream(source, workers, on_loop=on_loop).for_server(), on_loop=on_loop) for source in sources]
+    publish(run, "1")
+    first, second = (reader.next() for reader in readers)
+    assert first == b"event: \ndata: 1\n\n"
+    assert first is second
+
+
+@WAITING
+def test_what_the_view_adds_meanwhile_goes_along(run, open_stream, kind, on_loop):
+    extra = [["text"], [b"bytes"], []]
+    reader = open_stream(kind, on_loop=on_loop, flush=lambda value: extra.pop(0))
+    for expected in ("1\n\ntext", "2\n\nbytes", "3\n\n"):
+        publish(run, expected[0])
+        assert reader.next() == f"event: \ndata: {expected}"
+
+
+@WAITING
+def test_a_chunk_is_bounded_in_bytes(run, open_stream, monkeypatch, kind, on_loop):
+    monkeypatch.setattr(feeds, "CHUNK_BYTES", 100)
+    reader = open_stream(kind, on_loop=on_loop)
+    publish(run, *["x" * 90] * 3)
+    assert [reader.next() for _ in range(3)] == [f"event: \ndata: {'x' * 90}\n\n"] * 3
+
+
+@WAITING
+def test_an_overflow_ends_the_stream_once_what_waited_is_sent(run, open_stream, kind, on_loop):
+    reader = open_stream(kind, on_loop=on_loop)
+    publish(run, "x" * 600, "y" * 600)
+    assert "x" * 600 in reader.next()
+    assert reader.next() is None
+
+
+# --- for code and for the server ------------------------------------------------------------------------------------
+
+
+@STEPPED
+def test_chunks_leave_as_text_for_code_and_as_bytes_for_the_server(open_stream, kind, on_loop):
     def steps():
-        stepped.append(1)
-        yield "step"
+        yield "é"
+        yield "é".encode()
 
-    stepped = []
-    reader = open_stream(kind, steps, on_loop=on_loop, first=["first", "second"])
-    assert [reader.next(), reader.next()] == ["first", "second"]
-    assert stepped == []
-    assert reader.all() == ["step"]
-
-
-@STEPPED
-def test_a_step_without_a_chunk_is_followed_by_the_next_and_one_with_several_by_all_of_them(open_stream, kind, on_loop):
-    chunks = {0: (), 1: ("a", "", "b"), 2: ("",), 3: ("c",), None: ("after the end",)}
-    reader = open_stream(kind, lambda: (n for n in range(4)), on_loop=on_loop, flush=lambda value: chunks[value])
-    assert reader.all() == ["a", "b", "c", "after the end"]
+    for_code = open_stream(kind, steps, on_loop=on_loop, first=["ä", "ä".encode()])
+    assert for_code.all() == ["ä", "ä", "é", "é"]
+    for_server = open_stream(kind, steps, on_loop=on_loop, first=["ä", "ä".encode()], server=True)
+    assert for_server.all() == [chunk.encode() for chunk in "ääéé"]
 
 
 @STEPPED
-def test_steps_happen_one_after_the_other_in_one_thread(open_stream, kind, on_loop):
-    def steps():
-        for _ in range(5):
-            idents.add(threading.get_ident())
-            yield "chunk"
-        idents.add(threading.get_ident())
-
-    idents = set()
-    assert len(open_stream(kind, steps, on_loop=on_loop).all()) == 5
-    assert len(idents) == 1
-    same = (kind == "sync") is not on_loop  # the cells that need no thread of ours
-    assert (idents == {threading.get_ident()}) is same
-
-
-@STEPPED
-def test_the_iterator_sees_the_context_of_its_request(workers, read, kind, on_loop):
-    variable = contextvars.ContextVar("variable", default="nothing")
-
-    def steps():
-        yield variable.get()
-
-    def request():
-        variable.set("the request's")
-        return Stream(Source(make(kind, steps), as_given), workers, on_loop=on_loop)
-
-    if kind == "sync" and on_loop:  # hired in the request, iterated by the server
-        stream = contextvars.copy_context().run(request)
-        assert read(stream, on_loop=on_loop).all() == ["the request's"]
-    else:
-        variable.set("the request's")
-        assert read(request(), on_loop=on_loop).all() == ["the request's"]
-
-
-@STEPPED
-def test_an_error_of_the_iterator_reaches_whoever_asks(open_stream, kind, on_loop):
+@pytest.mark.parametrize("error", [ValueError("mine"), BrokerUnavailable("away")])
+def test_an_error_of_the_iterator_is_raised_to_code_and_the_end_for_the_server(open_stream, kind, on_loop, error):
     def steps():
         yield "good"
-        raise ValueError("mine")
+        raise error
 
     reader = open_stream(kind, steps, on_loop=on_loop)
     assert reader.next() == "good"
-    with pytest.raises(ValueError, match="mine"):
+    with pytest.raises(type(error), match=str(error)):
         reader.next()
+    assert reader.next() is None
+    assert open_stream(kind, steps, on_loop=on_loop, server=True).all() == [b"good"]
+
+
+@STEPPED
+def test_a_type_error_is_told_to_code_in_a_loop_as_what_django_does_not_take_for_its_own(open_stream, kind, on_loop):
+    """Django would iterate once more, as if the stream were not async, and warn of that instead."""
+
+    def steps():
+        yield "good"
+        len(5)
+
+    reader = open_stream(kind, steps, on_loop=on_loop)
+    assert reader.next() == "good"
+    with pytest.raises(RuntimeError if on_loop else TypeError, match="object of type 'int' has no len") as caught:
+        reader.next()
+    if on_loop:
+        assert str(caught.value).startswith("The iterator of a stream raised TypeError: ")
+        assert isinstance(caught.value.__cause__, TypeError)
+
+
+# --- who may iterate ------------------------------------------------------------------------------------------------
+
+
+class Both:
+    """Can be iterated in both ways, and says which one was taken."""
+
+    def __iter__(self):
+        return iter(["sync"])
+
+    async def __aiter__(self):
+        yield "async"
+
+
+@ASKED
+def test_what_can_be_iterated_in_both_ways_takes_the_one_that_suits_the_server(workers, read, on_loop):
+    stream = Stream(Source(Both(), as_given), workers, on_loop=on_loop)
+    assert read(stream, on_loop=on_loop).all() == ["async" if on_loop else "sync"]
+
+
+def test_a_stream_for_a_loop_refuses_a_plain_for(workers):
+    stream = Stream(Source(iter("ab"), as_given), workers, on_loop=True)
+    with pytest.raises(TypeError, match="async for"):
+        iter(stream)
+    stream.close()
+
+
+@needs_loops
+def test_code_in_a_worker_may_loop_over_a_stream_for_a_loop(workers, read):
+    """An `_iterator()` of old, `for chunk in super()._iterator()`, runs in the thread that is hired for it."""
+
+    def steps():
+        assert in_worker()
+        inner = Stream(Source(iter("ab"), as_given), workers, on_loop=True)
+        for chunk in inner:
+            yield chunk + "!"
+        inner.close()
+
+    assert read(Stream(Source(steps(), as_given), workers, on_loop=True), on_loop=True).all() == ["a!", "b!"]
+
+
+@needs_loops
+def test_a_thread_hired_in_vain_is_given_back(workers, read):
+    inner = Stream(Source(iter("ab"), as_given), workers, on_loop=True)
+
+    def steps():
+        yield from inner
+
+    assert len(workers._hired) == 1
+    reader = read(Stream(Source(steps(), as_given), workers, on_loop=True), on_loop=True)
+    assert len(workers._hired) == 2
+    assert reader.next() == "a"
+    assert len(workers._hired) == 1
+    assert reader.all() == ["b"]
+
+
+# --- silence --------------------------------------------------------------------------------------------------------
+
+
+@WAITING
+def test_silence_is_broken_by_heartbeats(open_stream, kind, on_loop):
+    reader = open_stream(kind, on_loop=on_loop, heartbeat=0.01)
+    assert [reader.next() for _ in range(3)] == [HEARTBEAT] * 3
+
+
+@BESIDE
+def test_heartbeats_break_the_silence_of_an_iterator_and_never_cancel_it(open_stream, kind, on_loop):
+    silence = Silence(kind)
+    reader = open_stream(kind, silence.steps, on_loop=on_loop, heartbeat=0.01)
+    assert [reader.next() for _ in range(5)] == [HEARTBEAT] * 5
+    assert not silence.ended.is_set()
+    silence.go_on.set()
+    chunks = reader.all()
+    assert chunks[-1] == "event"
+    assert set(chunks[:-1]) <= {HEARTBEAT}
+    assert silence.cancelled is False
+
+
+def test_nobody_can_wait_beside_an_iterator_of_the_servers_own_thread(open_stream):
+    def steps():
+        threading.Event().wait(0.05)
+        yield "event"
+
+    assert open_stream("sync", steps, on_loop=False, heartbeat=0.001).all() == ["event"]
+
+
+@SILENT
+def test_no_heartbeat_comes_where_something_waits(run, open_stream, kind, on_loop):
+    reader = open_stream(kind, endless, on_loop=on_loop, heartbeat=60)
+    chunks = []
+    for _ in range(5):
+        publish(run, "chunk")
+        chunks.append(reader.next())
+    assert HEARTBEAT not in chunks
+
+
+@SILENT
+def test_without_a_heartbeat_silence_stays_unbroken(open_stream, kind, on_loop):
+    reader = open_stream(kind, Silence(kind).steps, on_loop=on_loop)
+    assert reader.stream.heartbeat is None
+    assert reader.stream.silence() is None
+    reader = open_stream(kind, Silence(kind).steps, on_loop=on_loop, heartbeat=15)
+    assert reader.stream.heartbeat == 15
+    assert reader.stream.silence() == HEARTBEAT
+
+
+# --- age ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jitter", [1 - JITTER, 1.0, 1 + JITTER])
+def test_the_age_is_jittered_for_clients_of_one_moment_shall_not_come_back_in_one(
+    open_stream, clock, monkeypatch, jitter
+):
+    asked = []
+    monkeypatch.setattr(streams, "random", SimpleNamespace(uniform=lambda *bounds: asked.append(bounds) or jitter))
+    reader = open_stream("sync", endless, on_loop=False, account=make_account(), max_age=100)
+    assert reader.stream.too_old is None
+    reader.next()
+    assert asked == [(1 - JITTER, 1 + JITTER)]
+    assert reader.stream.too_old == 1000 + 100 * jitter
+    clock.now = reader.stream.too_old - 0.001
+    assert reader.next() == "chunk"
+    clock.now = reader.stream.too_old
+    assert reader.next() is None
+
+
+@ALL
+def test_a_stream_that_is_too_old_ends_though_there_is_more(run, open_stream, told, clock, kind, on_loop):
+    reader = open_stream(kind, endless, on_loop=on_loop, account=make_account(), max_age=100)
+    publish(run, "1")
+    assert reader.next()
+    clock.now += 200
+    reader.all()
+    assert told.line(reader).reason == "max_age"
+
+
+@SILENT
+@pytest.mark.parametrize("heartbeat", [None, 60])
+def test_a_silent_stream_ends_in_time_for_its_age(open_stream, told, kind, on_loop, heartbeat):
+    silence = Silence(kind)
+    reader = open_stream(
+        kind, silence.steps, on_loop=on_loop, account=make_account(), max_age=0.02, heartbeat=heartbeat
+    )
+    assert set(reader.all()) <= {HEARTBEAT}  # at most where a clock is a moment behind
+    assert told.line(reader).reason == "max_age"
+    silence.go_on.set()
+
+
+@SILENT
+def test_a_stream_has_heartbeats_until_it_is_too_old(open_stream, told, kind, on_loop):
+    silence = Silence(kind)
+    reader = open_stream(kind, silence.steps, on_loop=on_loop, account=make_account(), max_age=0.5, heartbeat=0.02)
+    chunks = reader.all()
+    assert len(chunks) > 2
+    assert set(chunks) == {HEARTBEAT}
+    assert told.line(reader).reason == "max_age"
+    silence.go_on.set()
+
+
+def test_what_is_sent_for_a_silence_that_lasts_until_the_stream_is_too_old_is_its_end(open_stream, clock):
+    reader = open_stream("mailbox", on_loop=False, account=make_account(), max_age=100, heartbeat=15, first=["first"])
+    reader.next()
+    assert reader.stream.silence() == HEARTBEAT
+    clock.now += 200
+    assert reader.stream.silence() is None
+    assert reader.all() == []
+
+
+def test_a_stream_without_a_limit_has_no_age(open_stream):
+    reader = open_stream("sync", endless, on_loop=False, account=make_account())
+    reader.next()
+    assert reader.stream.too_old is None
+
+
+# --- told to end ----------------------------------------------------------------------------------------------------
+
+
+@SILENT
+def test_end_by_another_thread_ends_who_waits_with_the_last_chunk(open_stream, told, kind, on_loop):
+    silence = Silence(kind)
+    reader = open_stream(kind, silence.steps, on_loop=on_loop, account=make_account())
+    result = reader.begin()
+    if kind == "mailbox":
+        until(lambda: reader.stream._source.mailbox.subscription.wake)
+    else:
+        assert silence.entered.wait(10)
+    reader.stream.end("shutdown", b"bye")
+    assert result() == "bye"
+    assert reader.next() is None
+    assert told.line(reader).reason == "shutdown"
+    silence.go_on.set()
+    if kind != "mailbox":
+        reader.settle(silence.ended.is_set)
+
+
+def test_end_by_another_thread_comes_after_the_step_where_the_server_is_in_it(open_stream, told):
+    silence = Silence("sync")
+    reader = open_stream("sync", silence.steps, on_loop=False, account=make_account())
+    result = reader.begin()
+    assert silence.entered.wait(10)
+    reader.stream.end("shutdown", b"bye")
+    silence.go_on.set()
+    assert result() == "bye"
+    assert silence.ended.is_set()
+    assert reader.next() is None
+    assert told.line(reader).reason == "shutdown"
+
+
+@ALL
+def test_the_last_chunk_comes_after_the_first_where_nothing_was_asked_for(open_stream, told, kind, on_loop):
+    def steps():
+        pytest.fail("not to be begun")
+        yield
+
+    reader = open_stream(kind, steps, on_loop=on_loop, account=make_account(), first=["first"])
+    reader.stream.end("shutdown", b"bye")
+    assert reader.all() == ["first", "bye"]
+    assert told.line(reader).reason == "shutdown"
+
+
+@WAITING
+def test_the_last_chunk_comes_after_the_events_that_wait(run, open_stream, kind, on_loop):
+    reader = open_stream(kind, on_loop=on_loop)
+    publish(run, "1")
+    reader.stream.end("shutdown", b"bye")
+    publish(run, "too late")
+    assert reader.all() == ["event: \ndata: 1\n\n", "bye"]
+
+
+@cells(("sync", True), ("async", True))
+def test_the_last_chunk_comes_after_the_step_that_waits(open_stream, kind, on_loop):
+    reader = open_stream(kind, endless, on_loop=on_loop)
+    rung = threading.Event()
+    reader.stream.ring_by(rung.set)
+    assert reader.call(reader.stream.take) is None
+    reader.settle(rung.is_set)
+    reader.stream.end("shutdown", b"bye")
+    assert [reader.call(reader.stream.take) for _ in range(3)] == ["chunk", "bye", None]
+    assert reader.stream.over
+
+
+@BESIDE
+def test_nothing_comes_after_the_last_chunk(open_stream, kind, on_loop):
+    """What a step brings that was under way is not sent: a browser that was told to go would not see it."""
+    silence = Silence(kind)
+    reader = open_stream(kind, silence.steps, on_loop=on_loop)
+    result = reader.begin()
+    assert silence.entered.wait(10)
+    reader.stream.end("shutdown", b"bye")
+    assert result() == "bye"
+    silence.go_on.set()
+    reader.settle(silence.ended.is_set)
+    assert reader.all() == []
+
+
+@ALL
+def test_an_end_without_a_last_chunk_is_just_the_end(run, open_stream, kind, on_loop):
+    reader = open_stream(kind, endless, on_loop=on_loop)
+    publish(run, "1")
+    assert reader.next()
+    reader.stream.end("max_age")
+    assert len(reader.all()) <= 1  # what was there already
+
+
+@ALL
+def test_who_ends_a_stream_first_says_why(open_stream, told, kind, on_loop):
+    reader = open_stream(kind, endless, on_loop=on_loop, account=make_account(), first=["first"])
+    reader.next()
+    reader.stream.end("shutdown", b"bye")
+    reader.stream.end("max_age", b"no")
+    reader.stream.close("stalled")
+    assert told.line(reader).reason == "shutdown"
+    assert "no" not in reader.all()
+
+
+def test_every_mailbox_of_a_stream_that_is_told_to_end_says_why(run, open_stream, mailbox):
+    other = run.open(["b"], max_events=9, max_bytes=99)
+    reader = open_stream("sync", endless, on_loop=False, mailboxes=opened(mailbox, other))
+    reader.stream.end("shutdown")
+    assert [mailbox.ended, other.ended] == ["shutdown"] * 2
+
+
+# --- closing --------------------------------------------------------------------------------------------------------
 
 
 @STEPPED
@@ -278,7 +662,7 @@ def test_close_runs_the_finally_of_a_stream_that_has_begun(open_stream, kind, on
             while True:
                 yield "chunk"
         finally:
-            ended.append(threading.get_ident())
+            ended.append(1)
 
     begun, ended = [], []
     reader = open_stream(kind, steps, on_loop=on_loop)
@@ -318,147 +702,118 @@ def test_a_close_in_the_middle_of_a_step_ends_the_stream_after_it_and_runs_its_f
     reader.settle(lambda: ended)
 
 
+class Closable:
+    """An iterator of the user's own, which need not know that it may be closed again."""
+
+    def __init__(self):
+        self.closed = 0
+
+    def close(self):
+        self.closed += 1
+
+
+class SyncClosable(Closable):
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return "chunk"
+
+
+class AsyncClosable(Closable):
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        return "chunk"
+
+
 @STEPPED
-def test_a_dropped_stream_runs_its_finally(workers, read, kind, on_loop):
-    def steps():
-        try:
-            while True:
-                yield "chunk"
-        finally:
-            ended.append(1)
-
-    ended = []
-    reader = read(Stream(Source(make(kind, steps), as_given), workers, on_loop=on_loop), on_loop=on_loop)
-    reader.next()
-    reader.stream = reader._iterator = Stream(Source((), as_given), workers, on_loop=False)
-    gc.collect()
-    reader.settle(lambda: ended)
+@pytest.mark.parametrize("ends", [["close", "close"], ["end", "close"], ["end", "read", "close"], ["read", "close"]])
+def test_an_iterator_that_nobody_has_begun_is_closed_once(workers, read, kind, on_loop, ends):
+    iterator = SyncClosable() if kind == "sync" else AsyncClosable()
+    stream = Stream(Source(iterator, as_given, first=["first"]), workers, on_loop=on_loop)
+    for end in ends:
+        if end == "read":
+            reader = read(stream, on_loop=on_loop)
+            assert reader.next() == "first"
+            stream.end("shutdown", b"bye")
+            assert reader.all() == (["bye"] if ends[0] == "read" else [])
+        else:
+            getattr(stream, end)("shutdown")
+    until(lambda: iterator.closed)
+    assert iterator.closed == 1
 
 
 @STEPPED
-def test_an_error_in_the_finally_does_not_hang_the_close(open_stream, kind, on_loop, caplog, monkeypatch):
+def test_a_stream_that_is_told_to_end_before_anybody_came_says_so_to_who_comes(workers, read, kind, on_loop):
+    iterator = SyncClosable() if kind == "sync" else AsyncClosable()
+    stream = Stream(Source(iterator, as_given, first=["first"]), workers, on_loop=on_loop)
+    stream.end("shutdown", b"bye")
+    assert iterator.closed == 1
+    assert read(stream, on_loop=on_loop).all() == ["first", "bye"]
+    assert iterator.closed == 1
+
+
+def test_a_stream_that_is_told_to_end_while_it_begins_ends(workers, told):
+    def end(**kwargs):
+        stream.end("shutdown", b"bye")
+
+    iterator = SyncClosable()
+    stream = Stream(Source(iterator, as_given), workers, on_loop=False, account=make_account())
+    stream_opened.connect(end, sender=View)
+    try:
+        assert [next(stream, None), next(stream, None)] == ["bye", None]
+    finally:
+        stream_opened.disconnect(end, sender=View)
+    assert iterator.closed == 1
+    assert told.line(stream).reason == "shutdown"
+
+
+@pytest.mark.parametrize("server", [False, True])
+def test_an_error_in_the_finally_is_raised_to_code_and_logged_for_the_server(open_stream, caplog, server):
+    """Django drops what a close() raises."""
+
     def steps():
         try:
             yield "chunk"
         finally:
-            ended.append(1)
             raise ValueError("in finally")
 
-    ended = []
-    reader = open_stream(kind, steps, on_loop=on_loop)
+    reader = open_stream("sync", steps, on_loop=False, server=server)
     reader.next()
-    if (kind, on_loop) == ("sync", False):
+    if server:
+        reader.stream.close()
+        (record,) = [record for record in caplog.records if record.getMessage() == LATE]
+        assert str(record.exc_info[1]) == "in finally"
+    else:
         with pytest.raises(ValueError, match="in finally"):
             reader.stream.close()
-        return
-    complaints = []
-    if reader._loop is not None:
-        reader._loop.set_exception_handler(lambda loop, context: complaints.append(context))
+
+
+@BESIDE
+def test_an_error_in_the_finally_does_not_hang_the_close_and_is_logged(open_stream, kind, on_loop, caplog):
+    def steps():
+        try:
+            yield "chunk"
+        finally:
+            raise ValueError("in finally")
+
+    reader = open_stream(kind, steps, on_loop=on_loop)
+    reader.next()
     reader.stream.close()
-    reader.settle(lambda: ended)
+    reader.settle(lambda: [record for record in caplog.records if record.getMessage() == LATE])
     assert reader.next() is None
 
 
-# --- text and bytes, quiet and loud ---------------------------------------------------------------------------------
-
-
-@STEPPED
-def test_chunks_leave_as_text_for_code_and_as_bytes_for_the_server(workers, read, kind, on_loop):
-    def steps():
-        yield "é"
-        yield "é".encode()
-
-    for_code = Stream(Source(make(kind, steps), as_given, first=["ä", "ä".encode()]), workers, on_loop=on_loop)
-    assert read(for_code, on_loop=on_loop).all() == ["ä", "ä", "é", "é"]
-    for_server = Stream(Source(make(kind, steps), as_given, first=["ä", "ä".encode()]), workers, on_loop=on_loop)
-    assert read(for_server.for_server(), on_loop=on_loop).all() == [chunk.encode() for chunk in "ääéé"]
-
-
-@STEPPED
-def test_a_broker_that_is_away_ends_the_stream_for_the_server_and_is_an_error_for_code(workers, read, kind, on_loop):
-    def steps():
-        yield "first"
-        raise BrokerUnavailable("away")
-
-    stream = Stream(Source(make(kind, steps), as_given), workers, on_loop=on_loop)
-    assert read(stream.for_server(), on_loop=on_loop).all() == [b"first"]
-    reader = read(Stream(Source(make(kind, steps), as_given), workers, on_loop=on_loop), on_loop=on_loop)
-    assert reader.next() == "first"
-    with pytest.raises(BrokerUnavailable, match="away"):
-        reader.next()
-
-
-# --- the mailbox ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def open_mailbox(workers, read, mailbox):
-    def open_mailbox(*, on_loop, flush=as_given, **options):
-        source = Source(None, flush, mailbox=mailbox, mailboxes=opened(mailbox), **options)
-        return read(Stream(source, workers, on_loop=on_loop), on_loop=on_loop)
-
-    return open_mailbox
-
-
-def opened(*mailboxes):
-    """What a view has subscribed to for a stream."""
-    all_of_them = Mailboxes()
-    for mailbox in mailboxes:
-        all_of_them.add(mailbox)
-    return all_of_them
-
-
 @WAITING
-def test_what_waits_leaves_in_one_chunk(run, open_mailbox, kind, on_loop):
-    reader = open_mailbox(on_loop=on_loop, first=["first"])
-    assert reader.next() == "first"
-    publish(run, "1", "2")
-    assert reader.next() == "event: \ndata: 1\n\nevent: \ndata: 2\n\n"
-
-
-@WAITING
-def test_what_is_published_meanwhile_wakes_the_stream(run, open_mailbox, mailbox, kind, on_loop):
-    reader = open_mailbox(on_loop=on_loop)
+def test_close_gives_the_mailbox_back_and_ends_whoever_waits(run, open_stream, mailbox, kind, on_loop):
+    reader = open_stream(kind, on_loop=on_loop)
     result = reader.begin()
     until(lambda: mailbox.subscription.wake, what="the stream to wait")
-    publish(run, "1")
-    assert result() == "event: \ndata: 1\n\n"
-
-
-@WAITING
-def test_silence_is_broken_by_heartbeats(open_mailbox, kind, on_loop):
-    reader = open_mailbox(on_loop=on_loop, heartbeat=0.01)
-    assert [reader.next() for _ in range(3)] == [":\n\n"] * 3
-
-
-@WAITING
-def test_every_client_of_the_server_gets_the_same_bytes(run, workers, read, kind, on_loop):
-    mailboxes = [run.open(["a"], max_events=9, max_bytes=999) for _ in range(2)]
-    sources = [Source(None, as_given, mailbox=mailbox) for mailbox in mailboxes]
-    readers = [read(Stream(source, workers, on_loop=on_loop).for_server(), on_loop=on_loop) for source in sources]
-    publish(run, "1")
-    first, second = (reader.next() for reader in readers)
-    assert first == b"event: \ndata: 1\n\n"
-    assert first is second
-
-
-@WAITING
-def test_what_the_view_adds_meanwhile_goes_along(run, open_mailbox, kind, on_loop):
-    extra = [["text"], [b"bytes"], []]
-    reader = open_mailbox(on_loop=on_loop, flush=lambda value: extra.pop(0))
-    for expected in ("1\n\ntext", "2\n\nbytes", "3\n\n"):
-        publish(run, expected[0])
-        assert reader.next() == f"event: \ndata: {expected}"
-
-
-@WAITING
-def test_close_gives_the_mailbox_back_and_ends_whoever_waits(run, open_mailbox, mailbox, kind, on_loop):
-    reader = open_mailbox(on_loop=on_loop)
-    result = reader.begin()
-    until(lambda: mailbox.subscription.wake, what="the stream to wait")
-    reader.stream.close()
+    reader.stream.close("stalled")
     assert result() is None
-    assert mailbox.ended == "client"
+    assert mailbox.ended == "stalled"
     assert run.stats() == {"channels": 0, "subscriptions": 0}
 
 
@@ -467,14 +822,6 @@ def test_a_stream_that_was_never_asked_gives_its_mailbox_back(run, workers, mail
     source = Source(None, as_given, mailbox=mailbox, mailboxes=opened(mailbox))
     Stream(source, workers, on_loop=on_loop).close()
     assert run.stats() == {"channels": 0, "subscriptions": 0}
-
-
-@WAITING
-def test_an_overflow_ends_the_stream_once_what_waited_is_sent(run, open_mailbox, kind, on_loop):
-    reader = open_mailbox(on_loop=on_loop)
-    publish(run, "x" * 600, "y" * 600)
-    assert "x" * 600 in reader.next()
-    assert reader.next() is None
 
 
 @STEPPED
@@ -490,79 +837,6 @@ def test_every_mailbox_that_was_opened_for_a_stream_ends_with_it(run, open_strea
     mailboxes.add(late)
     assert late.ended == "client"
     assert run.stats() == {"channels": 0, "subscriptions": 0}
-
-
-# --- who may iterate ------------------------------------------------------------------------------------------------
-
-
-class Both:
-    """Can be iterated in both ways, and says which one was taken."""
-
-    def __iter__(self):
-        return iter(["sync"])
-
-    async def __aiter__(self):
-        yield "async"
-
-
-@pytest.mark.parametrize("on_loop", [False, pytest.param(True, marks=needs_loops)])
-def test_what_can_be_iterated_in_both_ways_takes_the_one_that_suits_the_server(workers, read, on_loop):
-    stream = Stream(Source(Both(), as_given), workers, on_loop=on_loop)
-    assert read(stream, on_loop=on_loop).all() == ["async" if on_loop else "sync"]
-
-
-@pytest.mark.parametrize("iterable", [["a", "b"], ("a", "b"), {"a": 1, "b": 2}, iter(["a", "b"]), "ab"])
-@pytest.mark.parametrize("on_loop", [False, pytest.param(True, marks=needs_loops)])
-def test_any_iterable_will_do(workers, read, iterable, on_loop):
-    iterable = iterable if not hasattr(iterable, "__next__") else iter(["a", "b"])
-    assert read(Stream(Source(iterable, as_given), workers, on_loop=on_loop), on_loop=on_loop).all() == ["a", "b"]
-
-
-def test_a_stream_for_a_loop_refuses_a_plain_for(workers):
-    stream = Stream(Source(iter("ab"), as_given), workers, on_loop=True)
-    with pytest.raises(TypeError, match="async for"):
-        iter(stream)
-    stream.close()
-
-
-@needs_loops
-def test_code_in_a_worker_may_loop_over_a_stream_for_a_loop(workers, read):
-    """An `_iterator()` of old, `for chunk in super()._iterator()`, runs in the thread that is hired for it."""
-
-    def steps():
-        assert in_worker()
-        inner = Stream(Source(iter("ab"), as_given), workers, on_loop=True)
-        for chunk in inner:
-            yield chunk + "!"
-        inner.close()
-
-    assert read(Stream(Source(steps(), as_given), workers, on_loop=True), on_loop=True).all() == ["a!", "b!"]
-
-
-@needs_loops
-def test_a_thread_hired_in_vain_is_given_back(workers, read):
-    inner = Stream(Source(iter("ab"), as_given), workers, on_loop=True)
-
-    def steps():
-        yield from inner
-
-    assert len(workers._hired) == 1
-    reader = read(Stream(Source(steps(), as_given), workers, on_loop=True), on_loop=True)
-    assert len(workers._hired) == 2
-    assert reader.next() == "a"
-    assert len(workers._hired) == 1
-    assert reader.all() == ["b"]
-
-
-@STEPPED
-def test_asking_for_the_iterator_again_goes_on_where_it_was(open_stream, kind, on_loop):
-    reader = open_stream(kind, lambda: (value for value in "abc"), on_loop=on_loop)
-    assert reader.next() == "a"
-    reader._iterator = aiter(reader.stream) if on_loop else iter(reader.stream)
-    assert reader.all() == ["b", "c"]
-
-
-# --- places ---------------------------------------------------------------------------------------------------------
 
 
 @needs_loops
@@ -586,30 +860,116 @@ def test_the_place_of_a_stream_is_given_back_at_its_end(workers, read, end):
         until(lambda: not len(workers._hired), what="a place")
 
 
-@needs_loops
-def test_a_cancelled_step_is_closed_when_it_is_over(workers):
-    entered, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+# --- cancelled, and loops that are gone -----------------------------------------------------------------------------
 
-    def steps():
-        try:
-            entered.set()
-            assert go_on.wait(10)
-            yield "late"
-        finally:
-            ended.set()
+
+@cells(("sync", True), ("async", True), ("mailbox", True))
+@pytest.mark.parametrize("receiver", ["sync", "async"])
+def test_a_cancelled_request_ends_its_stream(workers, mailbox, told, kind, on_loop, receiver):
+    """However Django or the server ends the request, and whoever listens: what comes out is the cancellation."""
+
+    def synchronous(**kwargs):
+        received.append(kwargs["reason"])
+
+    async def asynchronous(**kwargs):
+        received.append(kwargs["reason"])
 
     async def main():
-        stream = Stream(Source(steps(), as_given), workers, on_loop=True)
+        iterator = None if kind == "mailbox" else silence.steps
+        source = Source(iterator, as_given, mailbox=mailbox, mailboxes=opened(mailbox))
+        stream = Stream(source, workers, on_loop=True, account=make_account()).for_server()
         task = asyncio.ensure_future(anext(aiter(stream)))
-        await asyncio.to_thread(entered.wait, 10)
+        await soon(lambda: mailbox.subscription.wake if iterator is None else silence.entered.is_set())
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        silence.go_on.set()
+        if iterator is not None:
+            await soon(silence.ended.is_set)
+        assert mailbox.ended == "client"
+        stream.close()
+        await soon(lambda: received)
+        return stream
+
+    silence, received = Silence(kind), []
+    connected = synchronous if receiver == "sync" else asynchronous
+    stream_closed.connect(connected, sender=View)
+    try:
+        stream = asyncio.run(main())
+    finally:
+        stream_closed.disconnect(connected, sender=View)
+    assert told.line(stream).reason == "client"
+    assert received == ["client"]
+
+
+@needs_loops
+@pytest.mark.parametrize("moment", ["opened", "asked"])
+def test_a_request_of_djangos_that_is_cancelled_is_told_of_without_a_close(workers, told, moment):
+    """Django 5.2 closes nothing when the server cancels: the end of the request's thread is what there is to see."""
+
+    async def hold(**kwargs):
+        if moment == "opened":
+            opening.set()
+            await asyncio.sleep(3600)
+
+    async def main():
+        stream = Stream(Source(silence.steps, as_given), workers, on_loop=True, account=make_account()).for_server()
+        kept.append(stream)
+
+        async def request():
+            async with ThreadSensitiveContext():
+                await sync_to_async(lambda: None)()
+                await anext(aiter(stream))
+
+        task = asyncio.ensure_future(request())
+        await soon(opening.is_set if moment == "opened" else silence.entered.is_set)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await soon(lambda: told.closed)
+
+    kept, silence, opening = [], Silence("async"), threading.Event()
+    stream_opened.connect(hold, sender=View)
+    try:
+        asyncio.run(main())
+    finally:
+        stream_opened.disconnect(hold, sender=View)
+    assert len(told.lines) == 1
+    assert told.line(kept[0]).reason == "client"
+
+
+@needs_loops
+def test_a_cancelled_wait_of_other_code_leaves_its_stream_alone(workers):
+    """It may come again: `asyncio.wait_for(anext(chunks), 1)`."""
+
+    async def main():
+        stream = Stream(Source(silence.steps, as_given), workers, on_loop=True)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(anext(aiter(stream)), 0.01)
+        silence.go_on.set()
+        assert [chunk async for chunk in stream] == ["event"]
+        stream.close()
+
+    silence = Silence("async")
+    asyncio.run(main())
+    assert not silence.cancelled
+
+
+@needs_loops
+def test_a_cancelled_step_is_closed_when_it_is_over(workers):
+    async def main():
+        stream = Stream(Source(silence.steps, as_given), workers, on_loop=True)
+        task = asyncio.ensure_future(anext(aiter(stream)))
+        await asyncio.to_thread(silence.entered.wait, 10)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         stream.close()
-        assert not ended.is_set()
-        go_on.set()
-        assert await asyncio.to_thread(ended.wait, 10)
+        assert not silence.ended.is_set()
+        silence.go_on.set()
+        assert await asyncio.to_thread(silence.ended.wait, 10)
 
+    silence = Silence("sync")
     asyncio.run(main())
 
 
@@ -624,133 +984,433 @@ def test_a_cancelled_await_runs_the_finally_of_an_async_iterator(workers):
             await asyncio.sleep(0)
             ended.append(1)
 
-    ended = []
-    entered = asyncio.Event()
-
     async def main():
         stream = Stream(Source(steps(), as_given), workers, on_loop=True)
         task = asyncio.ensure_future(anext(aiter(stream)))
-        await entered.wait()
+        await soon(entered.is_set)
         task.cancel()
         stream.close()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert ended == [1]
+        await soon(lambda: ended)
 
+    entered, ended = threading.Event(), []
     asyncio.run(main())
 
 
 @needs_loops
-def test_closing_after_the_end_of_the_loop_is_harmless(workers):
-    async def steps():
-        yield "a"
-
+def test_the_end_of_the_loop_does_not_hold_up_the_thread_of_a_sync_iterator(workers):
     async def main():
-        stream = Stream(Source(steps(), as_given), workers, on_loop=True)
+        stream = Stream(Source(silence.steps, as_given), workers, on_loop=True)
+        kept.extend([stream, asyncio.ensure_future(anext(aiter(stream)))])
+        await asyncio.to_thread(silence.entered.wait, 10)
+
+    kept, silence = [], Silence("sync")
+    asyncio.run(main())
+    silence.go_on.set()
+    kept[0].close()
+    assert silence.ended.wait(10)
+    until(lambda: not len(workers._hired), what="the end of the thread")
+
+
+@needs_loops
+def test_closing_after_the_end_of_the_loop_is_harmless(workers):
+    async def main():
+        stream = Stream(Source(make("async", endless), as_given), workers, on_loop=True)
         await anext(aiter(stream))
         return stream
 
     asyncio.run(main()).close()
 
 
-@needs_loops
-def test_an_async_iterator_without_aclose_may_be_closed(workers, read):
-    class Plain:
-        def __aiter__(self):
-            return self
-
-        async def __anext__(self):
-            return "chunk"
-
-    reader = read(Stream(Source(Plain(), as_given), workers, on_loop=True), on_loop=True)
-    assert reader.next() == "chunk"
-    reader.stream.close()
-    assert reader.next() is None
+# --- dropped --------------------------------------------------------------------------------------------------------
 
 
-def test_an_iterator_that_refuses_to_close_for_a_reason_of_its_own_says_so(workers):
-    class Refusing:
-        def __iter__(self):
-            return self
-
-        def __next__(self):
-            return "chunk"
-
-        def close(self):
-            raise ValueError("mine")
-
-    stream = Stream(Source(Refusing(), as_given), workers, on_loop=False)
-    next(iter(stream))
-    with pytest.raises(ValueError, match="mine"):
-        stream.close()
-
-
-# --- the buffer -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("make_buffer", [Sse, sse.Sse])
-def test_flushing_a_buffer_gives_one_chunk_and_empties_it(make_buffer):
-    buffer = make_buffer(default_retry=1)
-    buffer.add_message("a", "1")
-    assert list(flush_sse(buffer)) == ["retry: 1\n\nevent: a\ndata: 1\n\n"]
-    buffer.flush()
-    assert list(flush_sse(buffer)) == []
-
-
-@pytest.mark.parametrize("base", [Sse, sse.Sse])
-def test_a_buffer_with_an_iteration_of_its_own_is_asked_for_its_chunks(base):
-    class Own(base):
-        def __iter__(self):
-            yield "one"
-            yield "two"
-
-    assert has_own_iter(Own())
-    assert not has_own_iter(base())
-    assert list(flush_sse(Own())) == ["one", "two"]
-
-
-def test_a_heartbeat_is_what_stands_for_no_event():
-    source = Source(None, lambda value: (), heartbeat=1)
-    assert source.frames([]) == streams._HEARTBEAT.decode()
-    assert source.frames([(Event("", "a"), b"frame")]) == "frame"
-
-
-# --- found in review ------------------------------------------------------------------------------------------------
-
-
-@needs_loops
-def test_a_sync_iterator_that_sends_nothing_ends_with_its_client_under_a_loop():
+@STEPPED
+def test_a_dropped_stream_runs_its_finally(workers, read, kind, on_loop):
     def steps():
         try:
             while True:
-                turns.append(1)
-                yield
+                yield "chunk"
         finally:
             ended.append(1)
 
-    async def main():
-        stream = Stream(Source(steps(), lambda value: ()), workers, on_loop=True)
-        task = asyncio.create_task(anext(aiter(stream)))
-        await soon(lambda: turns)
-        task.cancel()
-        stream.close()
-        await soon(lambda: ended)
+    ended = []
+    reader = read(Stream(Source(make(kind, steps), as_given), workers, on_loop=on_loop), on_loop=on_loop)
+    reader.next()
+    reader.stream = reader._iterator = Stream(Source((), as_given), workers, on_loop=False)
+    gc.collect()
+    reader.settle(lambda: ended)
 
-    turns, ended = [], []
-    workers = Workers(limit=lambda: 1, at_exit=lambda: None)
-    asyncio.run(main())
+
+@ALL
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_stream_that_is_dropped_unclosed_takes_no_lock(run, workers, open_stream, kind, on_loop, asked):
+    """The collector runs anywhere, even under ours: here each lock is held by another thread, which waits for it."""
+    account = make_account()
+    reader = open_stream(kind, endless, on_loop=on_loop, account=account)
+    for _ in range(asked):
+        publish(run, "1")
+        reader.next()
+    if kind != "sync" or on_loop:
+        reader.stream._source.mailboxes.close()  # mailboxes see to themselves
+    dropped = threading.Event()
+    thread = threading.Thread(target=lambda: (reader.stream.__del__(), dropped.set()), daemon=True)
+    with run._lock, workers._lock, open_streams._lock, account._lock:
+        thread.start()
+        assert dropped.wait(5), "it waits for a lock"
+    thread.join(10)
+
+
+def test_a_stream_that_was_dropped_unclosed_is_told_of_soon(workers, told):
+    account = make_account()
+    stream = Stream(Source(endless(), as_given), workers, on_loop=False, account=account)
+    open_streams.admit(stream, limit=None)
+    next(iter(stream))
+    before = len(open_streams)
+    del stream
+    gc.collect()
+    assert len(open_streams) == before - 1
+    assert told.lines == []
+    Stream(Source((), as_given), workers, on_loop=False, account=make_account()).close()  # whoever comes next
+    (record,) = told.lines
+    assert (record.reason, record.events) == ("client", 1)
+    assert len(told.closed) == 1
+
+
+def test_a_stream_that_was_refused_in_the_making_is_dropped_without_an_error():
+    Stream.__new__(Stream).__del__()
+
+
+# --- what it tells --------------------------------------------------------------------------------------------------
+
+
+class Told:
+    """What the log and the signals say of streams."""
+
+    def __init__(self, caplog):
+        self._caplog = caplog
+        self.opened, self.closed = [], []
+
+    @property
+    def lines(self):
+        return [record for record in self._caplog.records if record.name == "django_sse.streams"]
+
+    def line(self, reader):
+        """The one line on a stream that has ended, whoever closes it now, and its one signal."""
+        getattr(reader, "stream", reader).close()
+        until(lambda: self.closed, what="the signal")
+        (record,) = self.lines
+        (signal,) = self.closed
+        for name in ("reason", "events", "bytes", "seconds"):
+            assert signal[name] == getattr(record, name)
+        return record
+
+    def on_opened(self, **kwargs):
+        self.opened.append({**kwargs, "thread": threading.get_ident()})
+
+    def on_closed(self, **kwargs):
+        self.closed.append({**kwargs, "thread": threading.get_ident()})
+
+
+@pytest.fixture
+def told(caplog):
+    caplog.set_level(logging.INFO, "django_sse.streams")
+    told = Told(caplog)
+    stream_opened.connect(told.on_opened, sender=View)
+    stream_closed.connect(told.on_closed, sender=View)
+    yield told
+    stream_opened.disconnect(told.on_opened, sender=View)
+    stream_closed.disconnect(told.on_closed, sender=View)
+
+
+def fails():
+    yield "chunk"
+    raise ValueError("mine")
+
+
+def two():
+    yield "é"
+    yield ""
+    yield "chunk"
+
+
+@STEPPED
+def test_a_stream_that_finishes_is_told_of_once(open_stream, told, kind, on_loop):
+    account = make_account()
+    reader = open_stream(kind, two, on_loop=on_loop, account=account, first=["first"])
+    assert told.opened == []
+    assert reader.next() == "first"
+    assert [(signal["sender"], signal["stream"]) for signal in told.opened] == [(View, account.info)]
+    reader.all()
+    record = told.line(reader)
+    assert (record.reason, record.events, record.bytes) == ("finished", 2, len("firstchunk") + len("é".encode()))
+    assert record.levelno == logging.INFO
+    assert record.getMessage().startswith("stream closed: reason=finished events=2 bytes=12 seconds=0.")
+    assert (record.path, record.channels) == ("/path", ("a",))
+    assert len(told.opened) == 1
+    assert told.closed[0]["stream"] is account.info
+
+
+@STEPPED
+@pytest.mark.parametrize("server", [False, True])
+def test_an_error_is_told_once_with_its_traceback(open_stream, told, kind, on_loop, server):
+    reader = open_stream(kind, fails, on_loop=on_loop, account=make_account(), server=server)
+    assert reader.next() in ("chunk", b"chunk")
+    if server:
+        assert reader.next() is None
+    else:
+        with pytest.raises(ValueError, match="mine"):
+            reader.next()
+    record = told.line(reader)
+    assert (record.reason, record.events, record.bytes) == ("error", 1, 5)
+    assert record.levelno == logging.ERROR
+    assert str(record.exc_info[1]) == "mine"
+
+
+@STEPPED
+def test_a_broker_that_is_away_is_no_error_of_the_program(open_stream, told, kind, on_loop):
+    def steps():
+        raise BrokerUnavailable("away")
+        yield
+
+    reader = open_stream(kind, steps, on_loop=on_loop, account=make_account(), server=True)
+    assert reader.all() == []
+    record = told.line(reader)
+    assert (record.reason, record.levelno, record.exc_info) == ("error", logging.WARNING, None)
+
+
+@ALL
+@pytest.mark.parametrize("reason", ["client", "stalled", "shutdown"])
+def test_a_stream_that_is_closed_is_told_of_once_with_the_reason(run, open_stream, told, kind, on_loop, reason):
+    reader = open_stream(kind, endless, on_loop=on_loop, account=make_account(), server=True)
+    publish(run, "1")
+    chunk = reader.next()
+    reader.stream.close(reason)
+    reader.stream.close("client")
+    record = told.line(reader)
+    assert (record.reason, record.events, record.bytes) == (reason, 1, len(chunk))
+    assert record.levelno == (logging.WARNING if reason == "stalled" else logging.INFO)
+
+
+@WAITING
+def test_an_overflow_is_told_with_what_was_taken(run, open_stream, told, kind, on_loop):
+    reader = open_stream(kind, on_loop=on_loop, account=make_account(), server=True)
+    publish(run, "x" * 400, "y" * 400, "z" * 400)
+    sent = reader.all()
+    record = told.line(reader)
+    assert (record.reason, record.events, record.bytes) == ("overflow", 2, len(b"".join(sent)))
+    assert record.levelno == logging.WARNING
+
+
+@SILENT
+def test_heartbeats_and_the_last_chunk_count_as_bytes_and_not_as_events(open_stream, told, kind, on_loop):
+    silence = Silence(kind)
+    reader = open_stream(kind, silence.steps, on_loop=on_loop, account=make_account(), heartbeat=0.01, first=["first"])
+    chunks = [reader.next() for _ in range(3)]
+    reader.stream.end("shutdown", b"bye")
+    chunks += reader.all()
+    record = told.line(reader)
+    assert chunks[-1] == "bye"
+    assert (record.events, record.bytes) == (0, len("".join(chunks)))
+    silence.go_on.set()
+
+
+@ALL
+def test_nothing_is_told_of_a_stream_that_was_never_asked(open_stream, told, kind, on_loop):
+    reader = open_stream(kind, endless, on_loop=on_loop, account=make_account())
+    open_streams.admit(reader.stream, limit=None)
+    reader.stream.close()
+    assert reader.stream not in open_streams.all()
+    assert (told.lines, told.opened, told.closed) == ([], [], [])
+
+
+@ALL
+def test_nothing_is_told_of_a_stream_without_an_account(run, open_stream, told, kind, on_loop):
+    reader = open_stream(kind, two, on_loop=on_loop)
+    publish(run, "1")
+    reader.next()
+    reader.stream.close()
+    reader.all()
+    assert (told.lines, told.opened, told.closed) == ([], [], [])
+
+
+@ALL
+def test_the_place_of_a_stream_is_free_when_it_is_told_of(run, open_stream, told, kind, on_loop):
+    def look(**kwargs):
+        there.append(reader.stream in open_streams.all())
+
+    there = []
+    reader = open_stream(kind, endless, on_loop=on_loop, account=make_account())
+    open_streams.admit(reader.stream, limit=None)
+    publish(run, "1")
+    reader.next()
+    assert reader.stream in open_streams.all()
+    stream_closed.connect(look, sender=View)
+    reader.stream.end("shutdown")
+    reader.all()
+    reader.settle(lambda: there)
+    assert there == [False]
 
 
 @needs_loops
-def test_all_steps_of_an_async_iterator_run_in_one_task_under_a_server_of_threads():
-    async def steps():
-        for _ in range(3):
-            tasks.append(asyncio.current_task())
-            yield "chunk"
+@pytest.mark.parametrize("end", ["finish", "close", "error"])
+def test_receivers_may_use_the_database_under_a_loop(open_stream, told, end):
+    """Django refuses that in the thread of the loop."""
 
-    tasks = []
-    workers = Workers(limit=lambda: 1, at_exit=lambda: None)
-    stream = Stream(Source(steps(), lambda value: [value] if value else ()), workers, on_loop=False)
-    assert list(stream) == ["chunk"] * 3
-    assert len(set(tasks)) == 1
-    stream.close()
+    def ask(**kwargs):
+        try:
+            query()
+        except SynchronousOnlyOperation as error:
+            asked.append(error)
+
+    asked, query = [], async_unsafe("as the ORM does")(lambda: asked.append(threading.get_ident()))
+    stream_opened.connect(ask, sender=View)
+    stream_closed.connect(ask, sender=View)
+    reader = open_stream("async", two if end == "finish" else fails, on_loop=True, account=make_account())
+    try:
+        reader.next()
+        if end == "close":
+            reader.call(reader.stream.close)
+        else:
+            with pytest.raises(ValueError, match="mine") if end == "error" else nullcontext():
+                reader.all()
+        reader.settle(lambda: len(asked) == 2)
+    finally:
+        stream_opened.disconnect(ask, sender=View)
+        stream_closed.disconnect(ask, sender=View)
+    assert all(isinstance(ident, int) for ident in asked), asked
+    assert threading.get_ident() not in asked
+    told.line(reader)
+
+
+@ASKED
+def test_a_receiver_that_raises_harms_no_stream(open_stream, told, on_loop):
+    def harm(**kwargs):
+        raise ValueError("not the stream's")
+
+    stream_opened.connect(harm, sender=View)
+    stream_closed.connect(harm, sender=View)
+    try:
+        reader = open_stream("sync", two, on_loop=on_loop, account=make_account(), server=True)
+        assert reader.all() == ["é".encode(), b"chunk"]
+        assert told.line(reader).reason == "finished"
+    finally:
+        stream_opened.disconnect(harm, sender=View)
+        stream_closed.disconnect(harm, sender=View)
+
+
+def test_streams_that_end_while_the_process_stops_say_so(open_stream, told, monkeypatch):
+    reader = open_stream("sync", endless, on_loop=False, account=make_account())
+    reader.next()
+    monkeypatch.setattr(open_streams, "draining", True)
+    reader.stream.close()
+    assert told.line(reader).reason == "shutdown"
+
+
+# --- clients that do not read ---------------------------------------------------------------------------------------
+
+
+@ALL
+def test_a_stream_is_stalled_while_its_client_does_not_come_for_more(run, open_stream, clock, kind, on_loop):
+    reader = open_stream(kind, endless, on_loop=on_loop, stall_timeout=30)
+    assert reader.stream.stalled_for(clock.now) == 0
+    for _ in range(2):
+        publish(run, "1")
+        reader.next()
+        assert reader.stream.stalled_for(clock.now + 20) == -10
+        assert reader.stream.stalled_for(clock.now + 40) == 10
+        clock.now += 40
+
+
+@SILENT
+def test_a_silent_stream_is_not_stalled(open_stream, kind, on_loop):
+    silence = Silence(kind)
+    reader = open_stream(kind, silence.steps, on_loop=on_loop, stall_timeout=0, first=["first"])
+    reader.next()
+    assert reader.stream.stalled_for(10**9) > 0
+    result = reader.begin()
+    until(lambda: reader.stream._given is None, what="the client to come for more")
+    assert reader.stream.stalled_for(10**9) == 0
+    reader.stream.end("shutdown")
+    silence.go_on.set()
+    result()
+
+
+def test_a_stream_without_a_limit_never_stalls(open_stream):
+    reader = open_stream("sync", endless, on_loop=False)
+    reader.next()
+    assert reader.stream.stalled_for(10**9) == 0
+
+
+@ASKED
+def test_a_client_that_does_not_read_is_ended(open_stream, told, on_loop):
+    reader = open_stream("async" if on_loop else "sync", endless, on_loop=on_loop, account=make_account())
+    reader.stream._stall_timeout = reader.stream.stall_timeout = 0.05
+    registry = Registry()
+    registry.admit(reader.stream, limit=None)
+    reader.next()
+    registry.watch(0.01)
+    until(lambda: told.closed, what="the end")
+    assert told.line(reader).reason == "stalled"
+
+
+def test_the_registry_looks_after_an_open_stream_four_times_in_its_patience(open_stream, monkeypatch):
+    watched = []
+    monkeypatch.setattr(open_streams, "watch", watched.append)
+    for stall_timeout in (None, 30):
+        open_stream("sync", endless, on_loop=False, account=make_account(), stall_timeout=stall_timeout).next()
+    assert watched == [7.5]
+
+
+# --- delivered outside of Django's handler --------------------------------------------------------------------------
+
+
+@cells(("sync", True), ("async", True), ("mailbox", True))
+def test_outside_a_stream_lets_go_of_what_it_does_not_need(run, open_stream, monkeypatch, kind, on_loop):
+    detached = []
+    monkeypatch.setattr(Source, "detach", lambda source: detached.append(source))
+    reader = open_stream(kind, two, on_loop=on_loop, stall_timeout=30, server=True)
+    assert reader.call(reader.stream.outside) is reader.stream
+    assert detached == [reader.stream._source]
+    assert getattr(reader.stream._feed, "outside", None) is (True if kind == "async" else None)
+    publish(run, "1")
+    assert reader.next()
+    assert reader.stream.stalled_for(10**9) == 0  # whoever delivers it looks for that
+    assert reader.stream.stall_timeout == 30
+
+
+@cells(("sync", True), ("async", True), ("mailbox", True))
+def test_taking_gives_what_there_is_and_rings_for_the_rest(run, open_stream, told, kind, on_loop):
+    reader = open_stream(kind, two, on_loop=on_loop, account=make_account(), first=["first"], server=True)
+    rung = threading.Event()
+    reader.call(reader.stream.outside)
+    reader.call(lambda: reader.stream.ring_by(rung.set))
+    reader._loop.run_until_complete(reader.stream.begin_on_loop())
+    assert len(told.opened) == 1
+    assert reader.call(reader.stream.take) == b"first"
+    assert reader.call(reader.stream.take) is None
+    assert not reader.stream.over
+    if kind == "mailbox":
+        publish(run, "1")
+    reader.settle(rung.is_set)
+    assert reader.call(reader.stream.take)
+    reader.stream.shut("client")
+    while reader.call(reader.stream.take) is not None:
+        pass
+    assert reader.stream.over
+    assert told.lines == told.closed == []
+    for _ in range(2):
+        reader._loop.run_until_complete(reader.stream.settle_on_loop())
+    assert told.line(reader).reason == "client"
+    assert told.closed[0]["thread"] != threading.get_ident()
+
+
+@needs_loops
+def test_nobody_is_troubled_where_nobody_listens(open_stream, caplog):
+    caplog.set_level(logging.INFO, "django_sse.streams")
+    reader = open_stream("async", two, on_loop=True, account=make_account())
+    before = threading.active_count()
+    reader.all()
+    assert threading.active_count() == before
+    assert len(caplog.records) >= 1

@@ -2,7 +2,10 @@
 
 import asyncio
 import gc
+import re
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 from django.core.exceptions import ImproperlyConfigured
@@ -11,10 +14,12 @@ from django.http import HttpResponse, HttpResponseForbidden, StreamingHttpRespon
 from django.test import AsyncClient, AsyncRequestFactory, RequestFactory, override_settings
 from django.urls import path
 
-from django_sse import redisqueue, views
+from django_sse import redisqueue, streams, views
 from django_sse.redisqueue import RedisQueueView, send_event
+from django_sse.registry import Registry
 from django_sse.views import BaseSseView
 from django_sse.wire import Sse
+from django_sse.workers import on_gevent
 from tests.helpers.loops import needs_loops, soon
 from tests.helpers.wait import until
 
@@ -125,7 +130,6 @@ urlpatterns = [
     path("async-wholesale", AsyncWholesale.as_view()),
     path("forbidden", Forbidden.as_view()),
     path("queue", RedisQueueView.as_view(redis_channel="room")),
-    path("generator", Returning.as_view(make=lambda: generator())),
     *(path(name, Returning.as_view(make=make)) for name, make in RETURNED.items()),
 ]
 
@@ -152,6 +156,15 @@ def get():
     yield get
     for response in responses:
         response.close()
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """The open streams of this test alone."""
+    registry = Registry()
+    for module in (views, streams):
+        monkeypatch.setattr(module, "open_streams", registry)
+    return registry
 
 
 def asynchronously(test):
@@ -250,6 +263,70 @@ def test_other_responses_pass_as_they_are(get):
     assert get(Forbidden.as_view(), "HEAD").content == b"no"
 
 
+def test_what_is_sent_of_a_stream_is_left_alone_on_its_way(get):
+    for view in (Finite, RedisQueueView):
+        response = get(view.as_view())
+        assert response["Content-Encoding"] == "identity"  # GZipMiddleware leaves alone what says so
+        assert response["Cache-Control"] == "no-cache, no-transform"
+        assert response["X-Accel-Buffering"] == "no"
+    assert get(Wholesale.as_view())["Content-Encoding"] == "identity"
+    assert "Content-Encoding" not in get(Forbidden.as_view())
+
+
+@needs_loops
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_heartbeats_break_the_silence_of_an_iterator_under_a_loop(asynchronous):
+    class Silent(BaseSseView):
+        heartbeat = 0.01
+
+        def iterator(self):
+            assert go_on.wait(10)
+            self.sse.add_message("", "event")
+            yield
+
+    class AsyncSilent(Silent):
+        async def iterator(self):
+            await soon(go_on.is_set)
+            self.sse.add_message("", "event")
+            yield
+
+    async def main():
+        view = (AsyncSilent if asynchronous else Silent).as_view()
+        response = await asyncio.to_thread(view, AsyncRequestFactory().get("/"))
+        chunks = await first_chunks(response, 4)
+        go_on.set()
+        rest = [chunk async for chunk in response]
+        await asyncio.to_thread(response.close)
+        return chunks, rest
+
+    go_on = threading.Event()
+    chunks, rest = asyncio.run(main())
+    assert chunks == [b"retry: 2000\n\n"] + [b":\n\n"] * 3
+    assert rest[-1] == b"event: \ndata: event\n\n"
+
+
+@pytest.mark.parametrize("option", ["max_age", "stall_timeout"])
+@pytest.mark.parametrize("source", ["setting", "attribute", "argument"])
+def test_limits_in_time_come_from_the_settings_the_class_or_as_view(get, registry, option, source):
+    view = type("View", (Finite,), {option: 7} if source == "attribute" else {})
+    with override_settings(DJANGO_SSE={option.upper(): 7 if source == "setting" else 8}):
+        response = get(view.as_view(**({option: 7} if source == "argument" else {})))
+        next(iter(response))
+    (stream,) = registry.all()
+    if option == "stall_timeout":
+        assert stream.stall_timeout == 7
+    else:
+        assert 7 * 0.79 < stream.too_old - time.monotonic() < 7 * 1.21
+
+
+@pytest.mark.parametrize("option", ["max_age", "stall_timeout"])
+@pytest.mark.parametrize("value", [0, -1, "15", True])
+def test_a_limit_that_is_no_number_of_seconds_is_refused_by_name(get, option, value):
+    with pytest.raises(ImproperlyConfigured, match=f"Finite.{option} must be a number of seconds"):
+        get(Finite.as_view(**{option: value}))
+    assert get(Finite.as_view(**{option: None})).status_code == 200
+
+
 # --- HEAD -----------------------------------------------------------------------------------------------------------
 
 
@@ -333,21 +410,6 @@ def test_an_async_iterator_may_return_its_steps(get, name, on_loop):
     assert body == b"retry: 2000\n\nevent: \ndata: filled\n\n"
 
 
-@needs_loops
-def test_a_generator_that_an_async_iterator_returns_is_refused_with_what_to_do(get):
-    async def test(client):
-        chunks = aiter(await client.get("/generator"))
-        assert await anext(chunks) == b"retry: 2000\n\n"
-        await anext(chunks)
-
-    with pytest.raises(RuntimeError, match="TypeError: async def iterator.. must yield, or return"):
-        asynchronously(test)
-    chunks = iter(get(Returning.as_view(make=generator)))
-    assert next(chunks) == b"retry: 2000\n\n"
-    with pytest.raises(RuntimeError, match="TypeError: async def iterator.. must yield, or return"):
-        next(chunks)
-
-
 class Mistaken(BaseSseView):
     def iterator(self):
         yield
@@ -360,16 +422,50 @@ class AsyncMistaken(BaseSseView):
         len(5)
 
 
-@pytest.mark.parametrize("view", [Mistaken, AsyncMistaken])
-def test_a_type_error_of_the_program_is_not_taken_by_django_for_its_own(view):
-    """Django would iterate once more, as if the stream were not async, and warn of that instead."""
+MISTAKES = {
+    "sync": (Mistaken.as_view(), "object of type 'int' has no len"),
+    "async": (AsyncMistaken.as_view(), "object of type 'int' has no len"),
+    "generator": (Returning.as_view(make=generator), "async def iterator.. must yield, or return"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("on_loop", [pytest.param(True, marks=needs_loops), False])
+def test_an_error_of_the_program_ends_the_stream_and_is_logged_once(caplog, mistake, on_loop):
+    """A TypeError, which Django would take for its own: it would iterate once more, and warn of that instead."""
 
     async def main():
-        response = await asyncio.to_thread(view.as_view(), AsyncRequestFactory().get("/"))
-        chunks = aiter(response)
-        assert await anext(chunks) == b"retry: 2000\n\n"
+        response = await asyncio.to_thread(view, AsyncRequestFactory().get("/here"))
+        chunks = [chunk async for chunk in response]
+        await asyncio.to_thread(response.close)
+        return chunks
+
+    view, message = MISTAKES[mistake]
+    if on_loop:
+        chunks = asyncio.run(main())
+    elif mistake == "sync" or not on_gevent():
+        response = view(RequestFactory().get("/here"))
+        chunks = list(response)
+        response.close()
+    else:
+        pytest.skip("an async iterator is refused on gevent")
+    assert chunks == [b"retry: 2000\n\n"]
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert (record.name, record.reason, record.path) == ("django_sse.streams", "error", "/here")
+    assert isinstance(record.exc_info[1], TypeError)
+    assert re.search(message, str(record.exc_info[1]))
+
+
+@needs_loops
+def test_an_error_of_the_program_is_raised_to_an_own_response_around_the_stream(caplog):
+    class Own(Mistaken):
+        def dispatch(self, request):
+            return StreamingHttpResponse(self._iterator(), content_type="text/event-stream")
+
+    async def main():
+        response = await asyncio.to_thread(Own.as_view(), AsyncRequestFactory().get("/"))
         try:
-            await anext(chunks)
+            return [chunk async for chunk in response]
         finally:
             await asyncio.to_thread(response.close)
 
@@ -480,6 +576,62 @@ def test_one_stream_too_many_is_answered_with_503_and_when_to_come_again():
     asynchronously(test)
 
 
+@override_settings(DJANGO_SSE={"MAX_STREAMS": 2})
+def test_one_stream_more_than_the_process_may_have_is_refused_until_one_has_ended(get, registry):
+    kept = [get(RedisQueueView.as_view(redis_channel="room")) for _ in range(2)]
+    refused = get(RedisQueueView.as_view(redis_channel="other"))
+    assert (refused.status_code, refused["Retry-After"]) == (503, "5")
+    assert 'DJANGO_SSE["MAX_STREAMS"]' in refused.content.decode()
+    assert redisqueue._runtime().stats() == {"channels": 1, "subscriptions": 2}
+    assert get(Finite.as_view(), "HEAD").status_code == 200
+    kept[0].close()
+    assert get(Finite.as_view()).status_code == 200
+
+
+def asked_by(view, pk):
+    request = RequestFactory().get("/")
+    request.user = SimpleNamespace(pk=pk, is_authenticated=pk is not None)
+    return view(request)
+
+
+@override_settings(DJANGO_SSE={"MAX_STREAMS_PER_USER": 1})
+def test_one_stream_more_than_a_user_may_have_is_refused_and_others_are_served(registry):
+    view = Finite.as_view()
+    first = asked_by(view, 1)
+    assert first.status_code == 200
+    refused = asked_by(view, 1)
+    assert refused.status_code == 503
+    assert 'DJANGO_SSE["MAX_STREAMS_PER_USER"]' in refused.content.decode()
+    others = [asked_by(view, pk) for pk in (2, None, None)]
+    assert [response.status_code for response in others] == [200] * 3
+    first.close()
+    others.append(asked_by(view, 1))
+    assert others[-1].status_code == 200
+    for response in others:
+        response.close()
+
+
+def test_a_stream_is_counted_once_whoever_iterates_it(get, registry):
+    class Edits(RedisQueueView):
+        def _iterator(self):
+            yield from super()._iterator()
+
+    class Own(RedisQueueView):
+        def dispatch(self, request):
+            self.request = request
+            return StreamingHttpResponse(self._iterator(), content_type="text/event-stream")
+
+    for view in (Finite, RedisQueueView, Edits, Own):
+        response = get(view.as_view())
+        next(iter(response))
+        (stream,) = registry.all()
+        assert stream.account.info.view.__name__ == view.__name__
+        assert stream.account.info.path == "/"
+        assert stream.account.info.channels == (() if view is Finite else (redisqueue.configuration.channel,))
+        response.close()
+        assert len(registry) == 0
+
+
 class OwnLoop(RedisQueueView):
     """Takes a thread and a subscription."""
 
@@ -559,11 +711,20 @@ def test_a_browser_beyond_the_limit_is_told_to_come_again_and_another_client_tha
     factory = AsyncRequestFactory()
     kept = Endless.as_view()(factory.get("/"))
     browser = Endless.as_view()(factory.get("/", headers={"accept": "text/event-stream"}))
-    assert (browser.status_code, browser.content) == (200, b"retry: 5000\n\n")
+    assert browser.status_code == 200
+    assert re.fullmatch(rb"retry: 5\d\d\d\n\n", browser.content)  # not all at one moment
     assert browser["Content-Type"] == "text/event-stream"
     other = Endless.as_view()(factory.get("/"))
     assert (other.status_code, other["Retry-After"]) == (503, "5")
     kept.close()
+
+
+@override_settings(DJANGO_SSE={"RETRY": 3000})
+def test_a_browser_that_comes_while_the_process_stops_is_sent_to_the_next_one(registry, get):
+    registry.draining = True
+    request = RequestFactory().get("/", headers={"accept": "text/event-stream"})
+    assert re.fullmatch(rb"retry: 3\d\d\d\n\n", Finite.as_view()(request).content)
+    assert get(Finite.as_view()).status_code == 503
 
 
 def test_a_request_that_rest_framework_has_wrapped_is_still_one_of_an_event_loop():

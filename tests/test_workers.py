@@ -1,6 +1,7 @@
 """Threads and loops of our own: a thread for each sync iterator under a loop, bounded, given back at every end."""
 
 import asyncio
+import concurrent.futures
 import contextvars
 import gc
 import os
@@ -9,15 +10,25 @@ import sys
 import textwrap
 import threading
 import types
+import weakref
 from pathlib import Path
 
 import pytest
 
 from django_sse import workers as workers_module
 from django_sse.exceptions import SseError, TooManyStreams
-from django_sse.streams import Source, Stream
-from django_sse.workers import DONE, Worker, Workers, in_worker, on_gevent, on_unpatched_gevent, shared_loop
-from tests.helpers.loops import soon
+from django_sse.feeds import Source
+from django_sse.streams import Stream
+from django_sse.workers import (
+    DONE,
+    THREAD_NAME,
+    Worker,
+    Workers,
+    in_worker,
+    on_gevent,
+    on_unpatched_gevent,
+    shared_loop,
+)
 from tests.helpers.wait import until
 
 pytestmark = pytest.mark.skipif(on_gevent(), reason="workers serve event loops, and a gevent process has none")
@@ -48,43 +59,48 @@ earlier = set()
 def worker_threads():
     """The threads that workers of this test have started and not ended."""
     threads = set(threading.enumerate()) - earlier
-    return [thread.name for thread in threads if thread.name.startswith("django-sse-stream-")]
+    return [thread.name for thread in threads if thread.name.startswith(THREAD_NAME)]
 
 
 def nothing():
     pass
 
 
+def ask(worker, function):
+    """Call `function` in the worker; return what it answers, or raise what it answers with."""
+    answered = concurrent.futures.Future()
+
+    def answer(result, error):
+        answered.set_result(result) if error is None else answered.set_exception(error)
+
+    worker.call(function, answer)
+    return answered.result(10)
+
+
 # --- one worker -----------------------------------------------------------------------------------------------------
 
 
 def test_a_worker_starts_its_thread_with_its_first_call_and_keeps_it(workers):
-    async def main():
-        worker = workers.hire(nothing)
-        assert worker_threads() == []
-        idents = [await worker.run(threading.get_ident) for _ in range(3)]
-        assert len(set(idents)) == 1
-        assert idents[0] != threading.get_ident()
-        (name,) = worker_threads()
-        assert name.startswith("django-sse-stream-")
-        worker.stop()
-        await soon(lambda: not worker_threads())
-
-    asyncio.run(main())
+    worker = workers.hire(nothing)
+    assert worker_threads() == []
+    idents = [ask(worker, threading.get_ident) for _ in range(3)]
+    assert len(set(idents)) == 1
+    assert idents[0] != threading.get_ident()
+    (name,) = worker_threads()
+    assert name.startswith(THREAD_NAME + "-")
+    worker.stop()
+    until(lambda: not worker_threads(), what="the end of the thread")
 
 
-def test_what_a_function_returns_or_raises_is_what_its_caller_gets(workers):
-    async def main():
-        worker = workers.hire(nothing)
-        assert await worker.run(lambda: "result") == "result"
-        with pytest.raises(ZeroDivisionError):
-            await worker.run(lambda: 1 / 0)
-        with pytest.raises(GeneratorExit):
-            await worker.run(raiser(GeneratorExit))
-        assert await worker.run(lambda: "still there") == "still there"
-        worker.stop()
-
-    asyncio.run(main())
+def test_what_a_function_returns_or_raises_is_the_answer(workers):
+    worker = workers.hire(nothing)
+    assert ask(worker, lambda: "result") == "result"
+    with pytest.raises(ZeroDivisionError):
+        ask(worker, lambda: 1 / 0)
+    with pytest.raises(GeneratorExit):
+        ask(worker, raiser(GeneratorExit))
+    assert ask(worker, lambda: "still there") == "still there"
+    worker.stop()
 
 
 def raiser(error):
@@ -94,30 +110,32 @@ def raiser(error):
     return fail
 
 
+def test_the_answer_comes_in_the_thread_and_once(workers):
+    answers = []
+    worker = workers.hire(nothing)
+    worker.call(lambda: "result", lambda *answer: answers.append((answer, threading.get_ident())))
+    ident = ask(worker, threading.get_ident)
+    assert answers == [(("result", None), ident)]
+    worker.stop()
+
+
 def test_the_thread_sees_the_context_of_its_hiring(workers):
     variable = contextvars.ContextVar("variable")
-
-    async def main():
-        variable.set("hired")
-        worker = workers.hire(nothing)
-        variable.set("later")
-        assert await worker.run(variable.get) == "hired"
-        await worker.run(lambda: variable.set("own"))
-        assert await worker.run(variable.get) == "own"
-        assert variable.get() == "later"
-        worker.stop()
-
-    asyncio.run(main())
+    variable.set("hired")
+    worker = workers.hire(nothing)
+    variable.set("later")
+    assert ask(worker, variable.get) == "hired"
+    ask(worker, lambda: variable.set("own"))
+    assert ask(worker, variable.get) == "own"
+    assert variable.get() == "later"
+    worker.stop()
 
 
 def test_code_knows_whether_it_is_in_a_worker(workers):
-    async def main():
-        worker = workers.hire(nothing)
-        assert await worker.run(in_worker)
-        assert not in_worker()
-        worker.stop()
-
-    asyncio.run(main())
+    worker = workers.hire(nothing)
+    assert ask(worker, in_worker)
+    assert not in_worker()
+    worker.stop()
 
 
 def test_stopping_closes_in_the_same_thread_after_the_step_under_way(workers, at_exit):
@@ -129,20 +147,16 @@ def test_stopping_closes_in_the_same_thread_after_the_step_under_way(workers, at
         assert go_on.wait(10)
         order.append(("step", threading.get_ident()))
 
-    async def main():
-        worker = workers.hire(lambda: order.append(("close", threading.get_ident())))
-        task = asyncio.create_task(worker.run(step))
-        await asyncio.to_thread(entered.wait, 10)
-        worker.stop()
-        worker.stop()
-        assert order == []
-        go_on.set()
-        await task
-        await soon(lambda: at_exit)
-
-    asyncio.run(main())
+    worker = workers.hire(lambda: order.append(("close", threading.get_ident())))
+    worker.call(step, lambda *answer: order.append(("answer", threading.get_ident())))
+    assert entered.wait(10)
+    worker.stop()
+    worker.stop()
+    assert order == []
+    go_on.set()
+    until(lambda: at_exit, what="the end of the thread")
     ident = order[0][1]
-    assert order == [("step", ident), ("close", ident)]
+    assert order == [("step", ident), ("answer", ident), ("close", ident)]
     assert at_exit == [ident]
 
 
@@ -156,13 +170,21 @@ def test_a_worker_that_was_never_used_closes_without_a_thread(workers, at_exit):
     assert worker_threads() == []
 
 
-def test_a_stopped_worker_answers_that_it_is_done(workers):
-    async def main():
-        worker = workers.hire(nothing)
-        worker.stop()
-        assert await worker.run(lambda: "late") is DONE
+def test_a_stopped_worker_answers_at_once_that_it_is_done(workers):
+    called, answers = [], []
+    worker = workers.hire(nothing)
+    worker.stop()
+    worker.call(lambda: called.append(1), lambda *answer: answers.append(answer))
+    assert answers == [(DONE, None)]
+    assert called == []
 
-    asyncio.run(main())
+
+def test_a_worker_whose_iterator_another_thread_has_taken_over_closes_nothing(workers):
+    closed = []
+    worker = workers.hire(lambda: closed.append(1))
+    worker.leave()
+    assert len(workers._hired) == 0
+    assert closed == []
 
 
 def test_a_call_that_comes_together_with_the_stop_is_answered(workers, monkeypatch):
@@ -174,71 +196,37 @@ def test_a_call_that_comes_together_with_the_stop_is_answered(workers, monkeypat
             worker.stop()
             super().start()
 
-    async def main():
-        return await asyncio.wait_for(worker.run(lambda: called.append(1)), 5)
-
     worker = workers.hire(nothing)
     monkeypatch.setattr(workers_module, "threading", types.SimpleNamespace(Thread=LateThread, local=threading.local))
-    assert asyncio.run(main()) is DONE
+    assert ask(worker, lambda: called.append(1)) is DONE
     assert called == []
 
 
 def test_an_error_while_closing_is_logged_and_the_place_given_back(workers, at_exit, caplog):
-    async def main():
-        worker = workers.hire(raiser(ValueError("in finally")))
-        await worker.run(nothing)
-        worker.stop()
-        await soon(lambda: at_exit)
-        await soon(lambda: not worker_threads())
-
-    asyncio.run(main())
+    worker = workers.hire(raiser(ValueError("in finally")))
+    ask(worker, nothing)
+    worker.stop()
+    until(lambda: at_exit and not worker_threads(), what="the end of the thread")
     (record,) = caplog.records
     assert "failed while it was closed" in record.getMessage()
     assert "in finally" in str(record.exc_info[1])
     assert len(workers._hired) == 0
 
 
-def test_the_answer_to_a_caller_that_has_left_is_dropped(workers):
-    entered, go_on = threading.Event(), threading.Event()
+def test_a_waiting_thread_does_not_hold_its_last_call(workers):
+    """For with it it would hold the stream, which then nobody would collect."""
 
-    def step():
-        entered.set()
-        assert go_on.wait(10)
-        return "late"
+    class Step:
+        def __call__(self):
+            return "result"
 
-    async def main():
-        worker = workers.hire(nothing)
-        task = asyncio.create_task(worker.run(step))
-        await asyncio.to_thread(entered.wait, 10)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        go_on.set()
-        assert await worker.run(lambda: "next") == "next"
-        worker.stop()
-
-    asyncio.run(main())
-
-
-def test_the_end_of_the_loop_does_not_hold_up_the_thread(workers, at_exit):
-    entered, go_on, closed = threading.Event(), threading.Event(), threading.Event()
-
-    def step():
-        entered.set()
-        assert go_on.wait(10)
-
-    async def main():
-        worker = workers.hire(closed.set)
-        kept.append(worker)
-        kept.append(asyncio.ensure_future(worker.run(step)))
-        await asyncio.to_thread(entered.wait, 10)
-
-    kept = []
-    asyncio.run(main())
-    go_on.set()
-    kept[0].stop()
-    assert closed.wait(10)
-    until(lambda: not worker_threads(), what="the end of the thread")
+    worker = workers.hire(nothing)
+    step = Step()
+    reference = weakref.ref(step)
+    assert ask(worker, step) == "result"
+    del step
+    until(lambda: gc.collect() is not None and reference() is None, what="the end of the call")
+    worker.stop()
 
 
 # --- the bound ------------------------------------------------------------------------------------------------------
@@ -270,15 +258,12 @@ def test_a_place_is_given_back_by_a_stopped_worker(workers):
 
 
 def test_a_place_is_given_back_by_a_worker_whose_thread_has_ended(workers):
-    async def main():
-        for _ in range(5):
-            pair = [workers.hire(nothing), workers.hire(nothing)]
-            for worker in pair:
-                await worker.run(nothing)
-                worker.stop()
-            await soon(lambda: not worker_threads())
-
-    asyncio.run(main())
+    for _ in range(5):
+        pair = [workers.hire(nothing), workers.hire(nothing)]
+        for worker in pair:
+            ask(worker, nothing)
+            worker.stop()
+        until(lambda: not worker_threads(), what="the end of the threads")
 
 
 def test_a_place_is_given_back_by_a_worker_that_is_dropped(workers):

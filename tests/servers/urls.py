@@ -1,6 +1,6 @@
 """The streams on which every server is tried."""
 
-from django.urls import path
+from django.urls import include, path
 
 from tests.servers import views
 
@@ -14,4 +14,9 @@ urlpatterns = [
     path("gate/<key>", views.gate),
     path("story/<key>", views.story),
     path("send/<channel>", views.send),
+    path("census/", include("tests.servers.census_views")),
+    path("closing/", include("tests.servers.closing_views")),
+    path("safe/", include("tests.servers.safe_views")),
+    path("bounded/", include("tests.servers.bounded_views")),
+    path("stopping/", include("tests.servers.stopping_views")),
 ]
