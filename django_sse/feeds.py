@@ -24,11 +24,13 @@ from .inbox import Mailbox, Mailboxes
 from .wire import Sse, comment
 from .workers import DONE, Workers, shared_loop
 
-__all__ = ["FEEDS", "HEARTBEAT", "LATE", "Chunk", "Feed", "InTask", "Source", "flush_sse", "has_own_iter"]
+__all__ = ["FEEDS", "HEARTBEAT", "LATE", "Chunk", "Feed", "InTask", "Source", "flush_sse", "has_own_iter", "running"]
 
 log = logging.getLogger("django_sse")
 
 Chunk = str | bytes
+#: The tasks of async iterators, until their ``finally`` has run: the loop itself keeps no reference to them.
+running: set[asyncio.Task[None]] = set()
 #: What breaks a silence.
 HEARTBEAT = comment()
 #: What the log says of an error that comes when the stream has ended already.
@@ -440,6 +442,8 @@ class InTask(_Working):
         if self._task is None:
             assert self._loop is not None
             self._task = self._context.run(self._loop.create_task, self._run())
+            running.add(self._task)
+            self._task.add_done_callback(running.discard)
         elif self._next is not None and not self._next.done():
             self._next.set_result(None)
 

@@ -79,6 +79,11 @@ class Subscription:
             self.slow = False
         return taken
 
+    def clear(self) -> None:
+        """Drop what waits: nobody will take it."""
+        self._waiting.clear()
+        self._bytes = 0
+
     def __len__(self) -> int:
         return len(self._waiting)
 

@@ -29,6 +29,8 @@ log = logging.getLogger("django_sse")
 
 #: Seconds without any progress for which crowded mailboxes hold the broker's thread up, before their clients are slow.
 PATIENCE = 0.1
+#: Reasons of an end after which nobody takes what waits.
+GONE = ("client", "stalled", "abandoned")
 #: Seconds that a new stream waits for the broker to confirm its channels.
 SUBSCRIBE_TIMEOUT = 5.0
 
@@ -123,6 +125,8 @@ class Runtime:
         """Unregister ``subscription``; whoever waits for it sees its end."""
         with self._lock:
             subscription.ended = subscription.ended or reason
+            if reason in GONE:
+                subscription.clear()
             for channel in self._hub.remove(subscription):
                 self.broker.unsubscribe(channel)
             if subscription in self._crowded:
