@@ -28,6 +28,8 @@ log = logging.getLogger("django_sse")
 BATCH = 100
 #: Seconds between two looks at the clock.
 TICK = 0.1
+#: Seconds after which a client that a ``send()`` waits for is slow: nobody paces events for it any more.
+SLOW = 0.05
 #: Seconds between two looks at a client for which nothing is timed.
 LONGEST = 60.0
 #: Whether a task can make its first step at once.
@@ -48,6 +50,7 @@ class Delivery(LoopBell):
         "_ended",
         "_heartbeat",
         "_interval",
+        "_is_slow",
         "_last_sent",
         "_over",
         "_pump",
@@ -67,6 +70,7 @@ class Delivery(LoopBell):
         #: The task of a ``send()`` that waits for the client, and since when it does.
         self._blocked: asyncio.Task[None] | None = None
         self._blocked_since = 0.0
+        self._is_slow = False
         self._last_sent = time.monotonic()
         self._heartbeat = stream.heartbeat
         self._too_old: float | None = None
@@ -160,16 +164,26 @@ class Delivery(LoopBell):
             self._sent(task)
         else:
             self._blocked, self._blocked_since = task, now
-            self._stream.mark(slow=True)
+            self._pump.waits(self)
             task.add_done_callback(self._unblocked)
 
     def _unblocked(self, task: asyncio.Task[None]) -> None:
         self._blocked = None
         self._last_sent = time.monotonic()
-        if not self._over:
+        if self._is_slow and not self._over:
+            self._is_slow = False
             self._stream.mark(slow=False)
         self._sent(task)
         self._pump.ready(self)
+
+    def look_whether_slow(self, now: float) -> bool:
+        """Say of a client that waits for longer than ``SLOW`` that it is slow; return whether that is settled."""
+        if self._blocked is None or self._over:
+            return True
+        if now >= self._blocked_since + SLOW:
+            self._is_slow = True
+            self._stream.mark(slow=True)
+        return self._is_slow
 
     def _sent(self, task: asyncio.Task[None]) -> None:
         # Cancelled by the server, for by us it is only when all is over.
@@ -192,6 +206,8 @@ class Delivery(LoopBell):
         again = now + self._interval
         if self._blocked is not None:
             return self._look_at_blocked(now, again)
+        if self._ended or self._over:
+            return again
         if self._too_old is not None:
             if now >= self._too_old:
                 self._stream.end("max_age")
@@ -241,6 +257,8 @@ class _Pump:
         self._ready: deque[Delivery] = deque()
         # Those whose time may have come.
         self._timed: deque[Delivery] = deque()
+        # Those that have begun to wait for their client, which may turn out to be slow.
+        self._waiting: set[Delivery] = set()
         self._sleep: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle
@@ -279,6 +297,10 @@ class _Pump:
         """Have ``delivery`` served."""
         self._ready.append(delivery)
         self._wake()
+
+    def waits(self, delivery: Delivery) -> None:
+        """Hear that ``delivery`` waits for its client."""
+        self._waiting.add(delivery)
 
     def _wake(self) -> None:
         if self._sleep is not None and not self._sleep.done():
@@ -321,6 +343,8 @@ class _Pump:
         self._seen = tick
         if self._timed:
             self._wake()
+        now = time.monotonic()
+        self._waiting = {delivery for delivery in self._waiting if not delivery.look_whether_slow(now)}
         self._timer = self._loop.call_later(TICK, self._look)
 
     def _look_at_some(self) -> None:
