@@ -26,6 +26,8 @@ log = logging.getLogger("django_sse")
 
 #: Clients that are served before the loop is given back to others.
 BATCH = 100
+#: How many of them the end of one counts for: its task, its log line and the server's part come with it.
+END_COST = 10
 #: Seconds between two looks at the clock.
 TICK = 0.1
 #: Seconds after which a client that a ``send()`` waits for is slow: nobody paces events for it any more.
@@ -349,10 +351,12 @@ class _Pump:
 
     def _look_at_some(self) -> None:
         now = time.monotonic()
-        for _ in range(min(BATCH, len(self._timed))):
+        left = BATCH
+        while left > 0 and self._timed:
             delivery = self._timed.popleft()
             if delivery in self._deliveries:
                 self._look_at(delivery, now)
+                left -= END_COST if delivery.over() else 1
 
     def _look_at(self, delivery: Delivery, now: float) -> None:
         try:

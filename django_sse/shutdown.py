@@ -37,10 +37,12 @@ LOOPS = ("asyncio.unix_events", "uvloop.loop")
 #: Seconds that the last step of an iterator may take.
 GRACE = 1.0
 
-#: Signals that have come while streams were open.
+#: Signals that have come since there were streams to end.
 _seen: set[int] = set()
 #: Those of them that the server has not been given yet.
 _held: set[int] = set()
+#: Whether the streams have been ended, or given up: signals are handed on at once again.
+_done = False
 _warned = False
 
 
@@ -120,24 +122,22 @@ class _Handler:
         self.previous: Callable[[int, FrameType | None], object] | int = previous
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        if signum not in _seen and len(open_streams):
-            if not _seen:
-                # Not threading.Thread, whose start() takes locks and waits. Under gevent this is a greenlet.
-                _thread.start_new_thread(_begin, ())
+        held = False
+        if not _done and (_seen or len(open_streams)):
+            first, again = not _seen, signum in _seen
             _seen.add(signum)
-            if getattr(self.previous, "__module__", None) not in LOOPS:
+            if again and signum == signal.SIGINT:
+                # Ctrl-C is pressed once more by somebody who does not want to wait. Others are repeated by supervisors
+                # that tell every process of a service, beside the master that tells its workers.
+                _held.discard(signum)
+                _start(open_streams.drain, 0)
+            elif getattr(self.previous, "__module__", None) not in LOOPS:
+                held = True
                 _held.add(signum)
-                return
-        elif signum == signal.SIGINT:
-            # Ctrl-C is pressed again by somebody who does not want to wait.
-            _held.discard(signum)
-            if len(open_streams):
-                _thread.start_new_thread(open_streams.drain, (0,))
-        elif signum in _held:
-            return  # Others are repeated by a supervisor that tells every process, beside the master of the workers.
-        self.hand_on(signum, frame)
-
-    def hand_on(self, signum: int, frame: FrameType | None) -> None:
+            if first:
+                _start(_begin)
+        if held and not (_done and _take(signum)):
+            return
         if callable(self.previous):
             self.previous(signum, frame)
         else:
@@ -145,19 +145,43 @@ class _Handler:
             os.kill(os.getpid(), signum)
 
 
+def _start(function: Callable[..., None], *args: Any) -> None:
+    global _done
+    try:
+        # Not threading.Thread, whose start() takes locks and waits. Under gevent this is a greenlet.
+        _thread.start_new_thread(function, args)
+    except RuntimeError:  # no more threads are to be had: the server must see to the streams
+        _done = True
+
+
+def _take(signum: int) -> bool:
+    """Whether it is for the caller to hand the signal on: for one only."""
+    try:
+        _held.remove(signum)
+    except KeyError:
+        return False
+    return True
+
+
 def _begin() -> None:
-    # No daemon: a server that has been told already must not take the process from under the last ``finally``.
-    threading.Thread(target=_drain, name="django-sse-stop", daemon=False).start()
+    try:
+        # No daemon: a server that has been told already must not take the process from under the last ``finally``.
+        threading.Thread(target=_drain, name="django-sse-stop", daemon=False).start()
+    except RuntimeError:
+        _drain()
 
 
 def _drain() -> None:
+    global _done
     try:
         drain()
     except Exception:
         log.exception("The streams of this process could not be ended")
-    while _held:
-        # To ourselves once more: only a signal reaches the main thread wherever it is.
-        os.kill(os.getpid(), _held.pop())
+    _done = True
+    for signum in tuple(_held):
+        if _take(signum):
+            # To ourselves once more: only a signal reaches the main thread wherever it is.
+            os.kill(os.getpid(), signum)
 
 
 def _end_at_exit() -> None:
@@ -169,6 +193,8 @@ def _end_at_exit() -> None:
 
 
 def _forget_after_fork() -> None:
+    global _done
+    _done = False
     _seen.clear()
     _held.clear()
 
