@@ -329,17 +329,36 @@ def test_a_task_that_is_cancelled_at_the_moment_of_an_event_leaves_the_event(box
     loop.run_until_complete(main())
 
 
+def sweeps(loop):
+    """The timers of a loop that look for those whose time is up."""
+    return [timer for timer in loop._scheduled if not timer.cancelled() and timer._callback.__name__ == "_sweep"]
+
+
 def test_all_waits_of_a_loop_share_one_timer_and_it_ends_with_the_last(box, loop):
     async def main():
         inboxes = [Inbox(Box()) for _ in range(3)]
         tasks = [asyncio.create_task(inbox.await_(0.04 * number)) for number, inbox in enumerate(inboxes, start=1)]
         await turns()
-        timers = len([timer for timer in loop._scheduled if not timer.cancelled()])
+        timers = len(sweeps(loop))
         assert [await task for task in tasks] == [[], [], []]
-        await soon(lambda: len(loop._scheduled) <= 1)  # the timer of soon() itself
-        return timers
+        return timers, len(sweeps(loop))
 
-    assert loop.run_until_complete(main()) == 1
+    assert loop.run_until_complete(main()) == (1, 0)
+
+
+def test_a_timer_that_a_shorter_one_has_taken_the_place_of_does_nothing(loop):
+    async def main():
+        tasks = [asyncio.create_task(Inbox(Box()).await_(timeout)) for timeout in (LONG, 0.4, 0.2, 0.08)]
+        await turns()
+        assert len(sweeps(loop)) > 1
+        began = loop.time()
+        await soon(lambda: loop.time() > began + 0.15)
+        assert len([timer for timer in sweeps(loop) if timer.when() < loop.time() + 0.5]) == 1
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+    loop.run_until_complete(main())
 
 
 def test_a_short_timeout_among_long_ones_is_kept_and_so_are_they(loop):

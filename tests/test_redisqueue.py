@@ -13,7 +13,7 @@ from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured, PermissionDenied
 from django.db import transaction
 from django.http import Http404
-from django.test import RequestFactory, override_settings
+from django.test import AsyncRequestFactory, RequestFactory, override_settings
 from django.utils.translation import gettext_lazy
 
 from django_sse import redisqueue, runtime, views
@@ -326,6 +326,36 @@ def test_a_program_may_add_to_each_event(connect):
     chunk = connect(Looping)
     send_event("", "1")
     assert chunk() == event("", "1") + b": seen\n\n"
+
+
+class AsyncLooping(RedisQueueView):
+    async def iterator(self):
+        async for _ in super().iterator():
+            self.sse.add_comment("seen")
+            yield
+
+
+@needs_loops
+@pytest.mark.parametrize("on_loop", [False, True])
+def test_an_async_program_may_add_to_each_event(connect, on_loop):
+    async def main():
+        response = await asyncio.to_thread(AsyncLooping.as_view(redis_channel="room"), AsyncRequestFactory().get("/"))
+        chunks = aiter(response)
+        assert await anext(chunks) == b"retry: 2000\n\n"
+        assert stats() == {"channels": 1, "subscriptions": 1}
+        await asend_event("", "1", "room")
+        chunk = await anext(chunks)
+        await asyncio.to_thread(response.close)
+        return chunk
+
+    if on_loop:
+        assert asyncio.run(main()) == event("", "1") + b": seen\n\n"
+        assert stats() == {"channels": 0, "subscriptions": 0}
+    else:
+        chunk = connect(AsyncLooping, redis_channel="room")
+        assert stats() == {"channels": 1, "subscriptions": 1}
+        send_event("", "1", "room")
+        assert chunk() == event("", "1") + b": seen\n\n"
 
 
 @needs_loops

@@ -185,14 +185,19 @@ def test_a_client_that_fails_does_not_take_the_channel_from_another(run, broker)
     assert texts(listener.take()) == ["1"]
 
 
-def test_a_closed_listener_keeps_what_waited_and_gets_nothing_more(run, broker):
+@pytest.mark.parametrize(
+    ("reason", "kept"), [("shutdown", ["1"]), ("max_age", ["1"]), ("client", []), ("stalled", []), ("abandoned", [])]
+)
+def test_a_closed_listener_keeps_what_waited_for_a_client_that_is_there_and_gets_nothing_more(
+    run, broker, reason, kept
+):
     listener = run.open(["a"], **BOUNDS)
     broker.publish("a", payload("1"))
     assert listener.ended is None
-    listener.close()
+    listener.close(reason)
     broker.publish("a", payload("2"))
-    assert listener.ended == "client"
-    assert texts(listener.take()) == ["1"]
+    assert listener.ended == reason
+    assert texts(listener.take()) == kept
 
 
 def test_the_first_reason_for_an_end_is_the_one_that_counts(run):
@@ -412,6 +417,57 @@ def test_a_client_that_never_takes_is_ended_and_holds_the_others_up_once(run, wa
     (line,) = logged(caplog, "overflow")
     assert "1 stream(s) on channel 'a'" in line
     assert run.stats() == {"channels": 1, "subscriptions": 1}
+
+
+def test_a_client_that_is_said_to_be_slow_is_not_waited_for_until_it_is_said_not_to_be(run, waits):
+    listener = run.open(["a"], **BOUNDS)
+    listener.wake_by(never)
+
+    def burst():
+        run.deliver([("a", payload(str(number))) for number in range(200)])
+        assert len(listener.take()) == 200
+        return len(waits)
+
+    listener.mark(slow=True)
+    assert burst() == 0
+    listener.mark(slow=False)
+    assert burst() > 0
+    assert listener.ended is None
+
+
+def test_a_client_that_is_said_to_be_slow_is_waited_for_no_longer(run, monkeypatch):
+    monkeypatch.setattr(runtime, "PATIENCE", 30)
+    listener = run.open(["a"], **BOUNDS)
+    listener.wake_by(never)
+    delivery = threading.Thread(
+        target=run.deliver, args=([("a", payload(str(number))) for number in range(129)],), daemon=True
+    )
+    delivery.start()
+    until(lambda: listener.subscription in run._crowded, what="the wait")
+    listener.mark(slow=False)
+    assert listener.subscription in run._crowded
+    listener.mark(slow=True)
+    delivery.join(10)
+    assert not delivery.is_alive()
+
+
+def test_a_stream_that_says_when_its_client_is_slow_is_given_more_time_and_not_for_ever(run, monkeypatch):
+    """It only waits for its turn in this process."""
+    monkeypatch.setattr(runtime, "PATIENCE", 0.01)
+    timeouts, wait = [], run._calm.wait
+    monkeypatch.setattr(run._calm, "wait", lambda timeout: timeouts.append(timeout) or wait(timeout))
+    plain, prompt = run.open(["a"], **BOUNDS), run.open(["b"], **BOUNDS)
+    for listener in (plain, prompt):
+        listener.wake_by(never)
+    prompt.mark(slow=False)
+    run.deliver([("a", payload(str(number))) for number in range(200)])
+    assert timeouts == [0.01]
+    assert plain.subscription.slow
+    timeouts.clear()
+    run.deliver([("b", payload(str(number))) for number in range(200)])
+    assert timeouts == [0.01, 0.1]
+    assert prompt.subscription.slow
+    assert len(prompt.take()) == 200
 
 
 def test_a_slow_client_is_waited_for_again_only_when_it_has_caught_up(run, waits):

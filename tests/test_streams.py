@@ -1407,6 +1407,18 @@ def test_taking_gives_what_there_is_and_rings_for_the_rest(run, open_stream, tol
 
 
 @needs_loops
+def test_who_delivers_says_whether_the_client_takes_what_it_is_sent(workers, read, mailbox):
+    stream = Stream(Source(None, as_given, mailbox=mailbox), workers, on_loop=True)
+    stream.mark(slow=True)  # nobody has come yet
+    assert not mailbox.subscription.slow
+    reader = read(stream, on_loop=True)
+    reader.call(stream.outside)
+    for slow in (True, False):
+        stream.mark(slow=slow)
+        assert mailbox.subscription.slow is slow
+
+
+@needs_loops
 def test_nobody_is_troubled_where_nobody_listens(open_stream, caplog):
     caplog.set_level(logging.INFO, "django_sse.streams")
     reader = open_stream("async", two, on_loop=True, account=make_account())
