@@ -32,6 +32,8 @@ END_COST = 10
 TICK = 0.1
 #: Seconds after which a client that a ``send()`` waits for is slow: nobody paces events for it any more.
 SLOW = 0.05
+#: Seconds for which a server may take to say that a client has left to which it could not send.
+GONE = 1.0
 #: Seconds between two looks at a client for which nothing is timed.
 LONGEST = 60.0
 #: Whether a task can make its first step at once.
@@ -50,6 +52,7 @@ class Delivery(LoopBell):
         "_blocked_since",
         "_context",
         "_ended",
+        "_gone",
         "_heartbeat",
         "_interval",
         "_is_slow",
@@ -82,6 +85,8 @@ class Delivery(LoopBell):
         self._ended = False
         #: Whether nothing is sent any more.
         self._over = False
+        #: Whether the client has left, as far as sending tells.
+        self._gone = False
         self._app: asyncio.Task[Any] | None = None
         self._receiving = False
 
@@ -140,7 +145,7 @@ class Delivery(LoopBell):
     def turn(self) -> None:
         """Send all that there is, as far as the client takes it."""
         self.clear()
-        while self._blocked is None and not self._over:
+        while self._blocked is None and not (self._over or self._gone):
             if self._ended:
                 self._finish()
                 return
@@ -190,11 +195,17 @@ class Delivery(LoopBell):
     def _sent(self, task: asyncio.Task[None]) -> None:
         # Cancelled by the server, for by us it is only when all is over.
         error = None if task.cancelled() else task.exception()
-        if error is not None or task.cancelled():
-            # An OSError says that the client has left (ASGI HTTP, "Disconnected client - send exception").
-            if error is not None and not isinstance(error, OSError):
-                self.fail(error)
-            self._finish()
+        # An OSError says that the client has left (ASGI HTTP, "Disconnected client - send exception"); uvloop says so
+        # with a RuntimeError.
+        if task.cancelled() or isinstance(error, (OSError, RuntimeError)):
+            self._leave()
+        elif error is not None:
+            self.fail(error)
+
+    def _leave(self) -> None:
+        # Soon the server will know it, too. Before that it would take our leaving for a mistake.
+        self._gone = True
+        asyncio.get_running_loop().call_later(GONE, self._finish)
 
     def fail(self, error: BaseException) -> None:
         """End the stream for an error that is not its iterator's."""
@@ -208,7 +219,7 @@ class Delivery(LoopBell):
         again = now + self._interval
         if self._blocked is not None:
             return self._look_at_blocked(now, again)
-        if self._ended or self._over:
+        if self._ended or self._over or self._gone:
             return again
         if self._too_old is not None:
             if now >= self._too_old:

@@ -354,22 +354,32 @@ class Stream:
         return now - given - self._stall_timeout
 
     def _settle(self) -> None:
-        told = self._tell()
-        if told is not None:
-            open_streams.send_closed(told)
+        try:
+            told = self._tell()
+            if told is not None:
+                open_streams.send_closed(told)
+        finally:
+            self._forget()
 
     async def settle_on_loop(self) -> None:
         """Tell what the stream has done, once."""
-        told = self._tell()
-        if told is not None and stream_closed.has_listeners(told["sender"]):
-            async with ThreadSensitiveContext():
-                await stream_closed.asend_robust(**told)
-                await arelease_connections()
+        try:
+            told = self._tell()
+            if told is not None and stream_closed.has_listeners(told["sender"]):
+                async with ThreadSensitiveContext():
+                    await stream_closed.asend_robust(**told)
+                    await arelease_connections()
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
+        # Last of all: a process that stops waits for those that are not forgotten.
+        if self.account is not None:
+            open_streams.forget(self)
 
     def _tell(self) -> dict[str, Any] | None:
         if self.account is None:
             return None
-        open_streams.forget(self)
         error = None if self._feed is None else self._feed.error
         if self._feed is not None:
             self.account.events = self._feed.events

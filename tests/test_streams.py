@@ -1236,7 +1236,9 @@ def test_nothing_is_told_of_a_stream_without_an_account(run, open_stream, told, 
 
 
 @ALL
-def test_the_place_of_a_stream_is_free_when_it_is_told_of(run, open_stream, told, kind, on_loop):
+def test_a_stream_keeps_its_place_until_its_end_is_told(run, open_stream, told, kind, on_loop):
+    """A process that stops waits for those that have a place."""
+
     def look(**kwargs):
         there.append(reader.stream in open_streams.all())
 
@@ -1250,7 +1252,8 @@ def test_the_place_of_a_stream_is_free_when_it_is_told_of(run, open_stream, told
     reader.stream.end("shutdown")
     reader.all()
     reader.settle(lambda: there)
-    assert there == [False]
+    assert there == [True]
+    reader.settle(lambda: reader.stream not in open_streams.all())
 
 
 @needs_loops
