@@ -478,6 +478,7 @@ class InTask(_Working):
             if not self._in_our_loop:  # which has to run on for others
                 raise
         finally:
+            self._cancelled = True  # what is under way now is the iterator's ``finally``
             try:
                 await self._steps.aclose()
             except Exception:

@@ -102,7 +102,7 @@ class EventStreamResponse(StreamingHttpResponse):
         if self._handover is not None and self._is_sent:
             self._handover.take(self._body.stream)
             self._body.taken = True
-            return _nothing()
+            return _Nothing()
         return super().__aiter__()
 
 
@@ -124,7 +124,14 @@ class _Body:
             self.stream.close()
 
 
-async def _nothing() -> AsyncIterator[bytes]:
-    nothing: tuple[bytes, ...] = ()
-    for chunk in nothing:
-        yield chunk
+class _Nothing:
+    """What the handler sends of a stream that was taken over."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Do nothing: Django 6.1 closes what it has iterated."""

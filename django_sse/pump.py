@@ -133,10 +133,9 @@ class Delivery(LoopBell):
                 self._receiving = False
 
     def _finish(self) -> None:
-        if not self._over:
-            self._over = True
-            if self._receiving and self._app is not None:
-                self._app.cancel()
+        self._over = True
+        if self._receiving and self._app is not None:
+            self._app.cancel()
 
     def answer(self) -> None:
         """Have the stream looked at."""

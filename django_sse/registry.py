@@ -85,12 +85,14 @@ class Account:
             "seconds": time.monotonic() - self._opened,
         }
         view = f"{self.info.view.__module__}.{self.info.view.__qualname__}"
-        level = {"overflow": logging.WARNING, "stalled": logging.WARNING, "error": logging.ERROR}.get(
-            reason, logging.INFO
-        )
         away = isinstance(error, BrokerUnavailable)  # the program has not failed, and the broker has been logged
+        level = logging.INFO
+        if away or reason in ("overflow", "stalled"):
+            level = logging.WARNING
+        elif error is not None or reason == "error":
+            level = logging.ERROR
         log.log(
-            logging.WARNING if away else level,
+            level,
             "stream closed: reason=%(reason)s events=%(events)d bytes=%(bytes)d seconds=%(seconds).3f "
             "view=%(view)s path=%(path)s",
             {**figures, "view": view, "path": self.info.path},

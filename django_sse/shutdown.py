@@ -19,9 +19,10 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from . import runtime
+from . import feeds, runtime
 from .conf import configuration
-from .registry import open_streams
+from .registry import TICK, open_streams
+from .workers import THREAD_NAME
 
 __all__ = ["at_stream", "drain", "install"]
 
@@ -105,11 +106,17 @@ def drain() -> None:
 
 
 def _let_finish() -> None:
-    # A thread that steps a sync iterator comes to its ``finally`` after the step, when the client has long been told.
+    # An iterator comes to its ``finally`` after its step, when the client has long been told.
     deadline = time.monotonic() + GRACE
-    for thread in threading.enumerate():
-        if thread.name.startswith("django-sse-stream-"):
-            thread.join(max(0, deadline - time.monotonic()))
+    while _unfinished() and time.monotonic() < deadline:
+        time.sleep(TICK)
+
+
+def _unfinished() -> bool:
+    """Whether an iterator has not finished that still can."""
+    return any(task.get_loop().is_running() for task in list(feeds.running)) or any(
+        thread.name.startswith(THREAD_NAME) for thread in threading.enumerate()
+    )
 
 
 class _Handler:

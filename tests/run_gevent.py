@@ -16,6 +16,9 @@ HERE = Path(__file__).parent
 TESTS = [
     "test_hub.py",
     "test_inbox.py",
+    "test_registry.py",
+    "test_signals.py",
+    "test_feeds.py",
     "test_streams.py",
     "test_runtime.py",
     "test_views.py",

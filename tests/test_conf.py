@@ -31,7 +31,24 @@ def test_without_settings_there_are_defaults():
     assert configuration.retry == 2000
     assert configuration.mailbox == (256, 1024 * 1024)
     assert configuration.threads == 256
+    assert configuration.max_age is None
+    assert configuration.stall_timeout == 30
+    assert configuration.max_streams == 10_000
+    assert configuration.max_streams_per_user is None
+    assert configuration.shutdown_window == 5
+    assert configuration.channel_prefix == ""
     assert configuration.unknown == []
+
+
+@pytest.mark.usefixtures("_without_settings")
+def test_a_restart_waits_for_nobody_where_the_code_is_being_changed(settings):
+    settings.DEBUG = True
+    assert configuration.shutdown_window == 0
+    settings.DJANGO_SSE = {"SHUTDOWN_WINDOW": 2}
+    assert configuration.shutdown_window == 2
+    settings.DJANGO_SSE = {"SHUTDOWN_WINDOW": "soon"}
+    with pytest.raises(ImproperlyConfigured):
+        assert configuration.shutdown_window
 
 
 @override_settings(DJANGO_SSE={"RETRY": 5000})
@@ -68,6 +85,16 @@ def test_each_bound_of_the_mailbox_has_its_own_default(settings, mailbox, bounds
         ("RETRY", 60_000, "retry", 60_000),
         ("MAILBOX", {"EVENTS": 2, "BYTES": 3}, "mailbox", (2, 3)),
         ("THREADS", 1, "threads", 1),
+        ("MAX_AGE", 3600, "max_age", 3600),
+        ("MAX_AGE", 0.5, "max_age", 0.5),
+        ("STALL_TIMEOUT", 1, "stall_timeout", 1),
+        ("STALL_TIMEOUT", None, "stall_timeout", None),
+        ("MAX_STREAMS", 1, "max_streams", 1),
+        ("MAX_STREAMS", None, "max_streams", None),
+        ("MAX_STREAMS_PER_USER", 6, "max_streams_per_user", 6),
+        ("SHUTDOWN_WINDOW", 0, "shutdown_window", 0),
+        ("SHUTDOWN_WINDOW", 0.5, "shutdown_window", 0.5),
+        ("CHANNEL_PREFIX", "shop:é:", "channel_prefix", "shop:é:"),
     ],
 )
 def test_a_key_holds_as_long_as_it_is_overridden(key, value, attribute, read):
@@ -102,6 +129,7 @@ def test_the_right_spelling_wins():
 
 # --- wrong values ---
 
+NO_SECONDS = [-1, -0.5, "15", b"15", True, False, [], {}, Decimal(1), float("nan"), float("inf"), 10**400]
 NO_WHOLE_NUMBERS = [-1, 1.5, 2.0, "1", b"1", None, True, False, [], {}, Decimal(1), float("nan")]
 WRONG = {
     'DJANGO_SSE["HEARTBEAT"]': [0, -1, 0.0, -0.5, "15", True, False, [], {}, Decimal(1), float("nan")],
@@ -110,12 +138,18 @@ WRONG = {
     'DJANGO_SSE["MAILBOX"]["EVENTS"]': [0, *NO_WHOLE_NUMBERS],
     'DJANGO_SSE["MAILBOX"]["BYTES"]': [0, *NO_WHOLE_NUMBERS],
     'DJANGO_SSE["THREADS"]': [0, *NO_WHOLE_NUMBERS],
+    'DJANGO_SSE["MAX_AGE"]': [0, 0.0, *NO_SECONDS],
+    'DJANGO_SSE["STALL_TIMEOUT"]': [0, 0.0, *NO_SECONDS],
+    'DJANGO_SSE["MAX_STREAMS"]': [0, *(value for value in NO_WHOLE_NUMBERS if value is not None)],
+    'DJANGO_SSE["MAX_STREAMS_PER_USER"]': [0, *(value for value in NO_WHOLE_NUMBERS if value is not None)],
+    'DJANGO_SSE["SHUTDOWN_WINDOW"]': [None, *NO_SECONDS],
+    'DJANGO_SSE["CHANNEL_PREFIX"]': [None, 1, b"shop:", ["shop:"], "shop:\n", "\0", "\ud800"],
 }
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [pytest.param(name, value, id=f"{name} = {value!r}") for name, values in WRONG.items() for value in values],
+    [pytest.param(name, value, id=f"{name} = {value!r:.20}") for name, values in WRONG.items() for value in values],
 )
 def test_a_wrong_value_is_an_error_that_names_the_setting_and_the_value(settings, name, value):
     key, *inner = re.findall('"(.+?)"', name)
@@ -135,24 +169,24 @@ def test_a_heartbeat_that_no_thread_can_wait_for_is_an_error(settings, value):
 
 
 @pytest.mark.parametrize("given", [None, ["HEARTBEAT"], "HEARTBEAT", 1, True], ids=repr)
-@pytest.mark.parametrize("attribute", ["heartbeat", "retry", "mailbox", "threads", "unknown"])
+@pytest.mark.parametrize("attribute", [*map(str.lower, DEFAULTS), "unknown"])
 def test_no_key_can_be_read_from_what_is_no_dict(settings, attribute, given):
     settings.DJANGO_SSE = given
     with pytest.raises(ImproperlyConfigured, match=f"^DJANGO_SSE must be a dict, not {re.escape(repr(given))}"):
         getattr(configuration, attribute)
 
 
-@pytest.mark.parametrize("attribute", ["retry", "mailbox", "threads"])
+@pytest.mark.parametrize("attribute", ["retry", "mailbox", "threads", "max_streams", "shutdown_window"])
 def test_a_wrong_value_is_no_harm_to_the_other_keys(settings, attribute):
     settings.DJANGO_SSE = {"HEARTBEAT": "soon"}
     assert getattr(configuration, attribute)
 
 
 def test_the_heartbeat_of_a_view_is_checked_under_its_own_name():
-    assert check_seconds("Clock.heartbeat", 2.5) == 2.5
-    assert check_seconds("Clock.heartbeat", None) is None
-    with pytest.raises(ImproperlyConfigured, match="^Clock.heartbeat must be a number of seconds above 0.* not 0"):
-        check_seconds("Clock.heartbeat", 0)
+    assert check_seconds("Clock.heartbeat", 2.5, "for no heartbeats") == 2.5
+    assert check_seconds("Clock.heartbeat", None, "for no heartbeats") is None
+    with pytest.raises(ImproperlyConfigured, match="^Clock.heartbeat must be .* above 0, or None for no .*, not 0"):
+        check_seconds("Clock.heartbeat", 0, "for no heartbeats")
 
 
 # --- unknown keys ---

@@ -1,0 +1,398 @@
+"""The application around Django's: every request is Django's own, and its stream goes on when that has ended."""
+
+import asyncio
+import threading
+from typing import ClassVar
+
+import pytest
+from django.core.asgi import get_asgi_application as get_django_application
+from django.core.signals import request_finished
+from django.http import HttpResponse
+from django.test import override_settings
+from django.urls import path
+
+from django_sse import asgi
+from django_sse.asgi import SseApplication, get_asgi_application
+from django_sse.redisqueue import RedisQueueView, _runtime, send_event
+from django_sse.registry import open_streams
+from django_sse.signals import stream_closed
+from django_sse.views import BaseSseView
+from tests.helpers.asgi import Exchange
+from tests.helpers.loops import needs_loops, soon
+from tests.helpers.wait import until
+
+pytestmark = needs_loops
+
+
+class Sync(BaseSseView):
+    ended: ClassVar = []
+
+    def iterator(self):
+        step = threading.Event()
+        try:
+            while True:
+                self.sse.add_message("", "tick")
+                yield
+                step.wait(0.01)
+        finally:
+            self.ended.append(1)
+
+
+class Async(Sync):
+    async def iterator(self):
+        try:
+            while True:
+                self.sse.add_message("", "tick")
+                yield
+                await asyncio.sleep(0.01)
+        finally:
+            self.ended.append(1)
+
+
+class Queue(RedisQueueView):
+    redis_channel = "asgi"
+
+
+class Limited(Async):
+    max_age = 0.2
+
+
+async def slow(request):
+    await asyncio.Event().wait()
+
+
+def echo(request):
+    return HttpResponse(request.body + request.META.get("HTTP_X_OWN", "").encode())
+
+
+urlpatterns = [
+    path("sync", Sync.as_view()),
+    path("async", Async.as_view()),
+    path("queue", Queue.as_view()),
+    path("limited", Limited.as_view()),
+    path("slow", slow),
+    path("echo", echo),
+]
+
+EVERY_STREAM = pytest.mark.parametrize("name", ["sync", "async", "queue"])
+
+
+@pytest.fixture(autouse=True)
+def _project():
+    Sync.ended.clear()
+    with override_settings(
+        ROOT_URLCONF=__name__, MIDDLEWARE=[], REDIS_SSEQUEUE_CONNECTION_SETTINGS={"location": "memory:"}
+    ):
+        yield
+        until(lambda: len(open_streams) == 0, what="no open stream")
+        until(lambda: _runtime().stats() == {"channels": 0, "subscriptions": 0}, what="no subscription")
+
+
+@pytest.fixture
+def reasons():
+    """Why each stream has ended."""
+    reasons = []
+
+    def receiver(reason, **kwargs):
+        reasons.append(reason)
+
+    stream_closed.connect(receiver)
+    yield reasons
+    stream_closed.disconnect(receiver)
+
+
+@pytest.fixture
+def finished():
+    """A true value for each request that Django has finished."""
+    finished = []
+
+    def receiver(**kwargs):
+        finished.append(1)
+
+    request_finished.connect(receiver)
+    yield finished
+    request_finished.disconnect(receiver)
+
+
+async def begun(exchange, name):
+    """Wait until the stream of `exchange` delivers."""
+    await exchange.until(b"retry")
+    if name == "queue":
+        send_event("", "tick", "asgi")
+    await exchange.until(b"data: tick")
+
+
+def test_the_application_is_djangos_with_ours_around_it():
+    application = get_asgi_application()
+    assert isinstance(application, SseApplication)
+    assert type(application.app) is type(get_django_application())
+
+
+# --- the client leaves ---
+
+
+@EVERY_STREAM
+def test_the_client_leaves_after_the_handler(name, finished, reasons):
+    async def main():
+        exchange = Exchange(get_asgi_application(), f"/{name}")
+        await soon(lambda: finished)
+        await begun(exchange, name)
+        exchange.leave()
+        await exchange.over()
+        assert not exchange.finished
+        await soon(lambda: reasons == ["client"])
+        if name != "queue":
+            await soon(lambda: Sync.ended)
+
+    asyncio.run(main())
+
+
+@EVERY_STREAM
+@pytest.mark.parametrize("turns", [*range(0, 40, 3), 60, 100])
+def test_the_client_leaves_at_any_moment_and_it_is_said_once(name, finished, turns):
+    """Before the handler, in the midst of it, or when the stream has begun: it may be Django that hears of it."""
+
+    async def main():
+        exchange = Exchange(get_asgi_application(), f"/{name}")
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        exchange.leave()
+        await exchange.over()
+        await soon(lambda: finished or not exchange.sent)
+
+    asyncio.run(main())
+
+
+@EVERY_STREAM
+def test_the_client_leaves_while_the_headers_are_sent(name, finished, reasons):
+    async def main():
+        jammed = asyncio.Event()
+
+        async def send(message):
+            jammed.set()
+            await asyncio.Event().wait()
+
+        exchange = Exchange(get_asgi_application(), f"/{name}", send=send)
+        await jammed.wait()
+        exchange.leave()
+        await exchange.over()
+        await soon(lambda: finished)
+
+    asyncio.run(main())
+    assert reasons == []  # it was never begun
+
+
+def test_the_client_leaves_before_it_is_heard():
+    async def main():
+        application = get_asgi_application()
+        messages = iter([{"type": "http.disconnect"}])
+
+        async def receive():
+            return next(messages)
+
+        sent = []
+        scope = Exchange(application, "/async").scope
+        await application(scope, receive, sent.append)
+        assert sent == []
+
+    asyncio.run(main())
+
+
+def test_a_client_that_has_left_is_still_gone_when_it_is_asked_again():
+    """Channels' consumers and middleware ask, and then we do."""
+
+    async def main():
+        heard = []
+
+        async def application(scope, receive, send):
+            heard.extend([await receive(), await receive(), await receive()])
+
+        exchange = Exchange(SseApplication(application))
+        exchange.leave()
+        await exchange.over()
+        assert [message["type"] for message in heard] == ["http.request", "http.disconnect", "http.disconnect"]
+
+    asyncio.run(main())
+
+
+def test_a_view_that_is_slow_hears_of_the_client(finished):
+    async def main():
+        exchange = Exchange(get_asgi_application(), "/slow")
+        await asyncio.sleep(0.05)
+        exchange.leave()
+        await exchange.over()
+        assert exchange.sent == []
+
+    asyncio.run(main())
+    assert finished
+
+
+# --- the stream ends ---
+
+
+def test_a_stream_that_ends_for_its_age_ends_the_response(finished, reasons):
+    async def main():
+        exchange = Exchange(get_asgi_application(), "/limited")
+        await exchange.over()
+        assert exchange.finished
+        await soon(lambda: Sync.ended)
+
+    asyncio.run(main())
+    assert reasons == ["max_age"]
+
+
+@EVERY_STREAM
+@pytest.mark.parametrize("reason", ["shutdown", "overflow"])
+def test_a_stream_that_is_ended_says_its_last_and_ends_the_response(name, reasons, reason):
+    async def main():
+        exchange = Exchange(get_asgi_application(), f"/{name}")
+        await begun(exchange, name)
+        [stream] = open_streams.all()
+        await asyncio.to_thread(stream.end, reason, b"retry: 7\n\n")
+        await exchange.over()
+        assert exchange.finished
+        assert exchange.body.endswith(b"retry: 7\n\n")
+
+    asyncio.run(main())
+    assert reasons == [reason]
+
+
+@EVERY_STREAM
+@pytest.mark.parametrize("draining", [False, True])
+def test_the_server_cancels_the_request(name, reasons, draining):
+    async def main():
+        exchange = Exchange(get_asgi_application(), f"/{name}")
+        await begun(exchange, name)
+        open_streams.draining = draining
+        exchange.request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await exchange.over()
+        if name != "queue":
+            await soon(lambda: Sync.ended, timeout=1)
+
+    try:
+        asyncio.run(main())
+    finally:
+        open_streams.draining = False
+    assert reasons == ["shutdown" if draining else "client"]
+
+
+# --- Django fails, or is not alone ---
+
+
+@EVERY_STREAM
+@pytest.mark.parametrize("when", ["after the handler", "instead of the start", "instead of the end"])
+def test_an_application_that_raises_gives_everything_back(name, when):
+    django = get_django_application()
+
+    async def failing(scope, receive, send):
+        async def fail(message):
+            if when == "instead of the start" or message["type"] != "http.response.start":
+                raise ZeroDivisionError(when)
+            await send(message)
+
+        await django(scope, receive, send if when == "after the handler" else fail)
+        raise ZeroDivisionError(when)
+
+    async def main():
+        exchange = Exchange(SseApplication(failing), f"/{name}")
+        with pytest.raises(ZeroDivisionError, match=when):
+            await exchange.over()
+        await soon(lambda: len(open_streams) == 0)
+        assert _runtime().stats() == {"channels": 0, "subscriptions": 0}
+
+    asyncio.run(main())
+
+
+@EVERY_STREAM
+def test_there_may_be_other_applications_in_between(name, finished):
+    django = get_django_application()
+
+    async def between(scope, receive, send):
+        async def own_send(message):
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"x-own", b"yes")]}
+            await send(message)
+
+        await django({**scope, "own": 1}, receive, own_send)
+
+    async def main():
+        exchange = Exchange(SseApplication(between), f"/{name}")
+        await soon(lambda: finished)
+        await begun(exchange, name)
+        assert exchange.headers["x-own"] == "yes"
+        exchange.leave()
+        await exchange.over()
+
+    asyncio.run(main())
+
+
+@EVERY_STREAM
+def test_an_application_in_between_that_drops_the_scope_keeps_the_stream_in_the_handler(name, finished):
+    django = get_django_application()
+
+    async def between(scope, receive, send):
+        await django({key: value for key, value in scope.items() if "sse" not in key}, receive, send)
+
+    async def main():
+        exchange = Exchange(SseApplication(between), f"/{name}")
+        await begun(exchange, name)
+        assert not finished
+        exchange.leave()
+        await exchange.over()
+
+    asyncio.run(main())
+
+
+@EVERY_STREAM
+def test_ours_around_ours_is_ours_once(name, finished, reasons):
+    async def main():
+        exchange = Exchange(SseApplication(get_asgi_application()), f"/{name}")
+        await begun(exchange, name)
+        exchange.leave()
+        await exchange.over()
+        await soon(lambda: finished)
+
+    asyncio.run(main())
+    assert reasons == ["client"]
+
+
+def test_a_request_is_djangos_own():
+    async def main():
+        exchange = Exchange(get_asgi_application(), "/echo", method="POST", headers=[(b"x-own", b"yes")])
+        before = dict(exchange.scope)
+        await exchange.over()
+        assert exchange.body == b"yes"
+        assert exchange.finished
+        assert exchange.scope == before
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("kind", "installs"), [("lifespan", 1), ("websocket", 0)])
+def test_other_connections_are_passed_on_as_they_are(monkeypatch, kind, installs):
+    installed = []
+    monkeypatch.setattr(asgi.shutdown, "install", lambda: installed.append(1))
+
+    async def main():
+        passed = []
+
+        async def application(*arguments):
+            assert len(installed) == installs
+            passed.append(arguments)
+
+        arguments = ({"type": kind}, object(), object())
+        await SseApplication(application)(*arguments)
+        assert all(one is other for one, other in zip(passed[0], arguments, strict=True))
+
+    asyncio.run(main())
+
+
+def test_a_lifespan_that_django_refuses_is_refused_as_ever(monkeypatch):
+    monkeypatch.setattr(asgi.shutdown, "install", lambda: None)
+
+    async def main():
+        with pytest.raises(ValueError, match="Django can only handle ASGI/HTTP connections"):
+            await get_asgi_application()({"type": "lifespan"}, None, None)
+
+    asyncio.run(main())
