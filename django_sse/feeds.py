@@ -45,7 +45,8 @@ class Source:
     ``flush(value)`` gives the chunks that follow from one step, which yielded ``value``. ``first`` are the chunks that
     are sent before the first step. With ``iterator`` ``None`` the events of ``mailbox`` are the stream. A comment
     follows after every ``heartbeat`` seconds of silence, where the server can be waited beside. What is in
-    ``mailboxes`` ends with the stream. ``buffer()`` is what ``flush`` flushes, if that is all it does.
+    ``mailboxes`` ends with the stream. ``buffer()`` is what ``flush`` flushes, if that is all it does. ``prepare`` is
+    called before the first step where that is not made by the thread that made the source.
     """
 
     __slots__ = (
@@ -58,6 +59,7 @@ class Source:
         "iterator",
         "mailbox",
         "mailboxes",
+        "prepare",
         "text",
     )
 
@@ -71,6 +73,7 @@ class Source:
         heartbeat: float | None = None,
         mailboxes: Mailboxes | None = None,
         buffer: Callable[[], sse.Sse] | None = None,
+        prepare: Callable[[], None] | None = None,
     ) -> None:
         self.iterator = iterator
         self.flush = flush
@@ -78,6 +81,7 @@ class Source:
         self.mailbox = mailbox
         self.heartbeat = heartbeat
         self.buffer = buffer
+        self.prepare = prepare or _nothing
         self.mailboxes = mailboxes or Mailboxes()
         self._buffer: sse.Sse | None = None
         self._close: Callable[[], object] = getattr(iterator, "close", _nothing)
@@ -391,11 +395,13 @@ class _InThread(_Working):
 
     def __init__(self, source: Source, workers: Workers) -> None:
         super().__init__()
+        self._prepare = source.prepare
         self._steps = _SyncSteps(source)
         self._worker = workers.hire(self._steps.close)
 
     def _work(self) -> None:
-        self._worker.call(partial(next, self._steps, DONE), self._done)
+        self._worker.call(partial(_next, self._prepare, self._steps), self._done)
+        self._prepare = _nothing
 
     def _stop(self) -> None:
         self._steps.stop()  # where no step sends anything, none of them ends in the worker
@@ -458,6 +464,7 @@ class InTask(_Working):
     async def _step_all(self) -> None:
         loop = asyncio.get_running_loop()
         try:
+            self._source.prepare()
             while self.ended is None:
                 chunk = await anext(self._steps, DONE)
                 self._next = loop.create_future()
@@ -553,6 +560,11 @@ class _Mail:
 
     def leave(self) -> None:
         """There is nothing to give back."""
+
+
+def _next(prepare: Callable[[], None], steps: _SyncSteps) -> object:
+    prepare()
+    return next(steps, DONE)
 
 
 def _is_cancelled() -> bool:

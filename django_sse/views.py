@@ -18,6 +18,7 @@ from django.core.handlers.asgi import ASGIRequest
 from django.db import connections
 from django.http import HttpRequest, HttpResponse, HttpResponseNotAllowed, StreamingHttpResponse
 from django.http.response import HttpResponseBase
+from django.utils import timezone, translation
 from django.utils.decorators import method_decorator
 from django.utils.functional import classproperty
 from django.views.decorators.csrf import csrf_exempt
@@ -188,17 +189,22 @@ class BaseSseView(View):
         if counted or iterator is None:
             source["heartbeat"] = self._seconds("heartbeat", "for no heartbeats")
         source.update(first=self._first_chunks(), mailboxes=self._mailboxes)
-        source["buffer"] = lambda: self.sse
+        source.update(buffer=lambda: self.sse, prepare=_same_locale())
         return self._counted(Source(iterator, lambda value: flush_sse(self.sse), **source), counted=counted)
 
     def _wrap(self, chunks: Iterable[Any] | AsyncIterable[Any]) -> Stream:
         """Return the stream of the ``chunks`` that an ``_iterator()`` of a subclass gives."""
         self._has_stream = True
         heartbeat = self._seconds("heartbeat", "for no heartbeats")
-        first = self._first_chunks()
-        return self._counted(
-            Source(chunks, _as_it_is, first=first, heartbeat=heartbeat, mailboxes=self._mailboxes), counted=True
+        source = Source(
+            chunks,
+            _as_it_is,
+            first=self._first_chunks(),
+            heartbeat=heartbeat,
+            mailboxes=self._mailboxes,
+            prepare=_same_locale(),
         )
+        return self._counted(source, counted=True)
 
     def _counted(self, source: Source, *, counted: bool) -> Stream:
         if not counted:
@@ -241,6 +247,18 @@ class BaseSseView(View):
         """Return the class attribute ``name``; the setting of that name where a subclass calls a method so."""
         value = getattr(self, name)
         return getattr(configuration, name) if callable(value) else value
+
+
+def _same_locale() -> Callable[[], None]:
+    """Return what activates, in another thread or task, the language and time zone that are active in this one."""
+    language, zone = translation.get_language(), timezone.get_current_timezone()
+
+    def activate() -> None:
+        if language is not None:
+            translation.activate(language)
+        timezone.activate(zone)
+
+    return activate
 
 
 def _on_loop(request: HttpRequest | None) -> bool:
