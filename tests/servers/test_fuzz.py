@@ -25,7 +25,7 @@ from tests.helpers.wait import until
 from tests.servers.driver import Driver
 from tests.servers.safe_views import SECRET
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.heavy]
 
 HEARTBEAT = 1  # seconds
 MAX_STREAMS = 8  # fewer than there are clients at times: some are refused

@@ -25,7 +25,7 @@ from tests.helpers.process import Process, free_port
 from tests.helpers.servers import ASGI_SERVERS, GEVENT_SERVERS, ROOT, SERVERS, Server
 from tests.helpers.wait import until
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.heavy]
 
 STREAMS = 200
 WINDOW = 2  # seconds
