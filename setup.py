@@ -28,6 +28,7 @@ TEST = [
     "hypercorn>=0.17",
     "hypothesis>=6.100",
     "playwright>=1.45",
+    "psycopg[binary]>=3.2",  # counts connections on a real PostgreSQL, where there is one
     "pytest>=8.2",
     "pytest-django>=4.9",
     "pytest-timeout>=2.3",

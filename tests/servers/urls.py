@@ -17,6 +17,5 @@ urlpatterns = [
     path("census/", include("tests.servers.census_views")),
     path("closing/", include("tests.servers.closing_views")),
     path("safe/", include("tests.servers.safe_views")),
-    path("bounded/", include("tests.servers.bounded_views")),
     path("stopping/", include("tests.servers.stopping_views")),
 ]
