@@ -33,6 +33,8 @@ Chunk = str | bytes
 running: set[asyncio.Task[None]] = set()
 #: What breaks a silence.
 HEARTBEAT = comment()
+#: Seconds for which a connection that is over is kept, so that its server waits for an iterator's ``finally``.
+UNWINDING = 5.0
 #: What the log says of an error that comes when the stream has ended already.
 LATE = "The iterator of a stream failed while it was closed"
 #: Bytes of waiting events that leave as one chunk: what a server may have to keep for a client that does not read.
@@ -498,6 +500,11 @@ class InTask(_Working):
         else:
             with contextlib.suppress(RuntimeError):  # a loop that is closed has ended its tasks
                 self._loop.call_soon_threadsafe(self._cancel)
+
+    async def unwound(self) -> None:
+        """Wait for the iterator's ``finally``, for ``UNWINDING`` seconds at most."""
+        if self._task is not None and not self._task.done():
+            await asyncio.wait({self._task}, timeout=UNWINDING)
 
     def _cancel(self) -> None:
         # Once: a second one would land in the iterator's ``finally``.

@@ -63,6 +63,7 @@ class Delivery(LoopBell):
         "_send",
         "_stream",
         "_too_old",
+        "_unwound",
     )
 
     def __init__(self, stream: Stream, send: Callable[[Any], Awaitable[None]]) -> None:
@@ -81,6 +82,8 @@ class Delivery(LoopBell):
         self._too_old: float | None = None
         #: Seconds between two looks at the clock at most.
         self._interval = min(stream.stall_timeout or LONGEST, stream.heartbeat or LONGEST)
+        #: Whether the iterator has finished, or had its time.
+        self._unwound = False
         #: Whether the end of the response is sent.
         self._ended = False
         #: Whether nothing is sent any more.
@@ -113,6 +116,7 @@ class Delivery(LoopBell):
             del self._app, self._context, self._send, self._stream
             stream.shut()
             await stream.settle_on_loop()
+            await stream.unwound()
 
     def over(self) -> bool:
         """Whether nothing is sent any more."""
@@ -151,11 +155,15 @@ class Delivery(LoopBell):
             chunk = self._stream.take()
             if chunk is not None:
                 self._give(chunk, time.monotonic())
-            elif self._stream.over:
+            elif not self._stream.over:
+                return
+            elif not self._unwound:
+                # Some servers stop as soon as the last response has ended, whatever its iterator still does.
+                self._unwound = True
+                self._await(self._stream.unwound(), time.monotonic())
+            else:
                 self._ended = True
                 self._step(_END, time.monotonic())
-            else:
-                return
 
     def _give(self, chunk: Any, now: float) -> None:
         if chunk is HEARTBEAT:
@@ -165,7 +173,10 @@ class Delivery(LoopBell):
 
     def _step(self, message: dict[str, Any], now: float) -> None:
         self._last_sent = now
-        task = _begin(self._send(message), self._context)
+        self._await(self._send(message), now)
+
+    def _await(self, awaitable: Awaitable[None], now: float) -> None:
+        task = _begin(awaitable, self._context)
         if task.done():
             self._sent(task)
         else:

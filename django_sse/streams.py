@@ -157,6 +157,7 @@ class Stream:
             chunk = self.take()
             if chunk is None and self._over:
                 await self.settle_on_loop()
+                await self.unwound()
                 raise StopAsyncIteration
             if chunk is None and not await self._rung(bell):
                 chunk = self.silence()
@@ -207,6 +208,7 @@ class Stream:
         except asyncio.CancelledError:
             if self.account is not None:  # the request has ended, by whatever way of Django or the server
                 self.shut()
+                await self.unwound()
             raise
 
     # -- what comes -----------------------------------------------------------------------------------------------
@@ -371,6 +373,11 @@ class Stream:
                     await arelease_connections()
         finally:
             self._forget()
+
+    async def unwound(self) -> None:
+        """Wait for what an async iterator still does at its end."""
+        if isinstance(self._feed, InTask):
+            await self._feed.unwound()
 
     def _forget(self) -> None:
         # Last of all: a process that stops waits for those that are not forgotten.

@@ -49,6 +49,22 @@ class Async(Sync):
             self.ended.append(1)
 
 
+class Slow(Async):
+    """Takes its time to end."""
+
+    max_age = 0.05
+
+    async def iterator(self):
+        try:
+            while True:
+                self.sse.add_message("", "tick")
+                yield
+                await asyncio.sleep(0.01)
+        finally:
+            await asyncio.sleep(0.05)
+            self.ended.append(1)
+
+
 class Queue(RedisQueueView):
     redis_channel = "asgi"
 
@@ -70,6 +86,7 @@ urlpatterns = [
     path("async", Async.as_view()),
     path("queue", Queue.as_view()),
     path("limited", Limited.as_view()),
+    path("slow-end", Slow.as_view()),
     path("slow", slow),
     path("echo", echo),
 ]
@@ -239,6 +256,30 @@ def test_a_stream_that_ends_for_its_age_ends_the_response(finished, reasons):
 
     asyncio.run(main())
     assert reasons == ["max_age"]
+
+
+@pytest.mark.parametrize("taken_over", [True, False])
+def test_a_response_ends_after_the_finally_of_its_iterator(taken_over):
+    """For some servers, when the last response has ended there is nothing left to wait for."""
+
+    async def main():
+        exchange = Exchange(get_asgi_application() if taken_over else get_django_application(), "/slow-end")
+        await exchange.over()
+        assert Sync.ended == [1]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("taken_over", [True, False])
+def test_the_server_waits_for_the_finally_of_an_iterator_whose_client_has_left(taken_over):
+    async def main():
+        exchange = Exchange(get_asgi_application() if taken_over else get_django_application(), "/slow-end")
+        await exchange.until(b"data: tick")
+        exchange.leave()
+        await exchange.over()
+        assert Sync.ended == [1]
+
+    asyncio.run(main())
 
 
 @EVERY_STREAM

@@ -49,6 +49,7 @@ class Async(BaseSseView):
                 yield
                 await asyncio.sleep(3600)  # it is in the middle of its step that it has to end
         finally:
+            await asyncio.sleep(0.1)  # its client has left by then, and its server might, too
             note("finally", "Async")
 
 
