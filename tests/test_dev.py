@@ -233,12 +233,23 @@ def test_arguments_go_to_pytest_and_the_gate_is_for_the_whole_suite(dev, monkeyp
     assert called == [("pytest", "-k", "hub", "--lf")]
     called.clear()
     assert dev.main(["test"]) == 0
-    assert [words[1] for words in called] == ["erase", "run", "combine", "report"]
+    assert [words[1:] for words in called] == [
+        ("erase",),
+        ("run", "-m", "pytest", "-m", "not heavy"),
+        ("combine", "--quiet"),
+        ("report",),
+        ("-m", "heavy"),
+    ]
 
 
-@pytest.mark.parametrize(("pytest_code", "gate_code", "code"), [(0, 0, 0), (0, 2, 2), (1, 0, 1), (5, 2, 5)])
-def test_the_exit_code_is_that_of_pytest_then_that_of_the_gate(dev, monkeypatch, pytest_code, gate_code, code):
-    codes = {"run": pytest_code, "report": gate_code}
+@pytest.mark.parametrize(
+    ("pytest_code", "gate_code", "heavy_code", "code"),
+    [(0, 0, 0, 0), (0, 2, 0, 2), (1, 0, 0, 1), (5, 2, 0, 5), (0, 0, 1, 1), (0, 2, 1, 2)],
+)
+def test_the_exit_code_is_that_of_pytest_then_that_of_the_gate_then_that_of_the_heavy_tests(
+    dev, monkeypatch, pytest_code, gate_code, heavy_code, code
+):
+    codes = {"run": pytest_code, "report": gate_code, "-m": heavy_code}
     monkeypatch.setattr(dev, "call", lambda *words, env=None: codes.get(words[3], 0))
     assert dev.whole_suite({}) == code
 

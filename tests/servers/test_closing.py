@@ -19,7 +19,7 @@ from tests.helpers.servers import ASGI_SERVERS, GEVENT_SERVERS, WSGI_SERVERS, se
 from tests.helpers.wait import until
 from tests.servers.driver import Driver
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.heavy, pytest.mark.ends]
 
 HEARTBEAT = 0.5  # seconds
 STALL_TIMEOUT = 1  # seconds
