@@ -157,7 +157,7 @@ def test_a_malformed_payload_is_logged_with_its_channel_and_skipped(run, redis, 
         driver.send(channel, "news", "1")
         assert stream.next_message() == NEWS
         stream.close()
-        lines = [line for line in driver.log().splitlines() if "django_sse" in line and channel in line]
+        lines = [line for line in driver.log().splitlines() if "django_sse:" in line and channel in line]
         assert len(lines) == 1, (payload, driver.log())
 
 
