@@ -166,6 +166,8 @@ class Registry:
         self._reap()
         with self._lock:
             self._streams.discard(stream)
+            if not self._streams:
+                self._hurry.set()  # nobody is left to be watched
             owner = stream.account.info.owner
             owned = self._owners.get(owner)
             if owned is not None:

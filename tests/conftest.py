@@ -18,6 +18,9 @@ LOGS_BEFORE = pytest.StashKey()
 def pytest_sessionstart(session):
     # A run that is terminated (a time limit in CI) unwinds as on Ctrl-C, so that no server outlives it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A run in the background of a shell ignores these, and so would every server that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 @pytest.hookimpl(tryfirst=True)

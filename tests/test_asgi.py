@@ -1,6 +1,7 @@
 """The application around Django's: every request is Django's own, and its stream goes on when that has ended."""
 
 import asyncio
+import gc
 import threading
 from typing import ClassVar
 
@@ -101,7 +102,7 @@ def _project():
         ROOT_URLCONF=__name__, MIDDLEWARE=[], REDIS_SSEQUEUE_CONNECTION_SETTINGS={"location": "memory:"}
     ):
         yield
-        until(lambda: len(open_streams) == 0, what="no open stream")
+        until(lambda: gc.collect() >= 0 and len(open_streams) == 0, what="no open stream")
         until(lambda: _runtime().stats() == {"channels": 0, "subscriptions": 0}, what="no subscription")
 
 

@@ -78,7 +78,7 @@ def _project():
         ROOT_URLCONF=__name__, MIDDLEWARE=[], REDIS_SSEQUEUE_CONNECTION_SETTINGS={"location": "memory:"}
     ):
         yield
-    until(lambda: len(open_streams) == 0, what="no open stream")
+    until(lambda: gc.collect() >= 0 and len(open_streams) == 0, what="no open stream")
 
 
 def count():

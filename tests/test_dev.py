@@ -235,10 +235,10 @@ def test_arguments_go_to_pytest_and_the_gate_is_for_the_whole_suite(dev, monkeyp
     assert dev.main(["test"]) == 0
     assert [words[1:] for words in called] == [
         ("erase",),
-        ("run", "-m", "pytest", "-m", "not heavy"),
+        ("run", "-m", "pytest", "-m", "not (heavy or browser)"),
         ("combine", "--quiet"),
         ("report",),
-        ("-m", "heavy"),
+        ("-m", "heavy or browser"),
     ]
 
 

@@ -137,7 +137,7 @@ def _project():
 @pytest.fixture(autouse=True)
 def _nothing_is_left():
     yield
-    until(lambda: len(open_streams) == 0, what="no open stream")
+    until(lambda: gc.collect() >= 0 and len(open_streams) == 0, what="no open stream")
     gc.collect()
     until(lambda: len(Made.began) == len(Made.ended) or not Made.ended, what="every finally")
     until(lambda: stats() == {"channels": 0, "subscriptions": 0}, what="no subscription")

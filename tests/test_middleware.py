@@ -586,7 +586,7 @@ def test_a_stream_that_middleware_answers_in_place_of_is_given_back_unread(start
             assert "content-encoding" not in response.headers
         # Where nobody but Django has the response it may be in a cycle: with the exception of which Django has made a
         # page, and under Python 3.10 with frames of asgiref.
-        collected = house == "plain" or (house == "wsgi" and name != "forbidding")
+        collected = house in ("plain", "wsgi")
 
         def given_back():
             if collected:

@@ -1,6 +1,7 @@
 """The two signals of a stream's life: each exactly once, for every server, and no receiver harms a stream."""
 
 import asyncio
+import gc
 import threading
 
 import pytest
@@ -64,7 +65,7 @@ def _project():
         ROOT_URLCONF=__name__, MIDDLEWARE=[], REDIS_SSEQUEUE_CONNECTION_SETTINGS={"location": "memory:"}
     ):
         yield
-    until(lambda: len(open_streams) == 0, what="no open stream")
+    until(lambda: gc.collect() >= 0 and len(open_streams) == 0, what="no open stream")
 
 
 @pytest.fixture

@@ -31,6 +31,6 @@ class Collector:
 
 
 def our_threads():
-    """The threads of the package that have an end: all but the one whose loop is shared by all streams of a process."""
+    """The threads of the package that a broker could have: not the one of the shared loop, and not the registry's."""
     names = [thread.name for thread in threading.enumerate() if thread.name.startswith("django-sse")]
-    return [name for name in names if name != "django-sse-loop"]
+    return [name for name in names if name not in ("django-sse-loop", "django-sse-watch")]
