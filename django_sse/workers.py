@@ -195,11 +195,4 @@ def on_gevent() -> bool:
 def on_unpatched_gevent() -> bool:
     """Whether the caller is a greenlet although threads are not: waiting would then stop the whole process."""
     gevent = sys.modules.get("gevent")
-    if gevent is None or on_gevent():
-        return False
-    # A thread without a hub runs no greenlets, and need not become one of greenlet's own by being asked: what that
-    # leaves in each thread has been seen to hang Python 3.11 where it is traced.
-    hub_of_thread = getattr(sys.modules.get("gevent._hub_local"), "get_hub_if_exists", None)
-    if hub_of_thread is not None and hub_of_thread() is None:
-        return False
-    return isinstance(gevent.getcurrent(), gevent.Greenlet)
+    return gevent is not None and not on_gevent() and isinstance(gevent.getcurrent(), gevent.Greenlet)

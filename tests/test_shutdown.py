@@ -61,6 +61,9 @@ main = threading.get_ident()
 
 def story(code, *arguments, status=0, patch=""):
     """Run `code` in a process of its own, `patch` before anything is imported; return the lines it has written."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if patch:
+        env.pop("COVERAGE_PROCESS_CONFIG", None)  # it knows threads only
     process = subprocess.run(
         [sys.executable, "-W", "error", "-c", patch + PRELUDE + code, *arguments],
         stdout=subprocess.PIPE,
@@ -68,7 +71,7 @@ def story(code, *arguments, status=0, patch=""):
         text=True,
         timeout=30,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=env,
     )
     assert process.returncode == status, process.stdout
     return process.stdout.splitlines()

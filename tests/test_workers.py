@@ -381,10 +381,9 @@ class Greenlet:
     pass
 
 
-def gevent(monkeypatch, *, patched, current, hub="a hub"):
+def gevent(monkeypatch, *, patched, current):
     monkey = types.SimpleNamespace(is_module_patched=lambda name: patched and name == "threading")
     monkeypatch.setitem(sys.modules, "gevent.monkey", monkey)
-    monkeypatch.setitem(sys.modules, "gevent._hub_local", types.SimpleNamespace(get_hub_if_exists=lambda: hub))
     monkeypatch.setitem(sys.modules, "gevent", types.SimpleNamespace(getcurrent=lambda: current, Greenlet=Greenlet))
 
 
@@ -409,8 +408,3 @@ def test_patched_threads_are_gevent_and_a_greenlet_among_threads_is_a_mistake(
     gevent(monkeypatch, patched=patched, current=current)
     assert on_gevent() is on
     assert on_unpatched_gevent() is on_unpatched
-
-
-def test_a_thread_without_a_hub_runs_no_greenlets_and_is_not_asked(monkeypatch):
-    gevent(monkeypatch, patched=False, current=Greenlet(), hub=None)
-    assert not on_unpatched_gevent()

@@ -117,6 +117,8 @@ def serve(
         "TEST_SERVER_TOKEN": token,
         **(env or {}),
     }
+    if name in GEVENT_SERVERS:
+        environment.pop("COVERAGE_PROCESS_CONFIG", None)  # as [tool.coverage.run] says
     for _ in range(3):
         port = free_port()
         process = Process(name, command(name, port, app, workers, threads, extra), env=environment, cwd=cwd)
