@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.need import need_module
+
 ROOT = Path(__file__).parent.parent
 
 PRELUDE = """
@@ -59,11 +61,14 @@ main = threading.get_ident()
 """
 
 
-def story(code, *arguments, status=0, patch=""):
-    """Run `code` in a process of its own, `patch` before anything is imported; return the lines it has written."""
+def story(code, *arguments, status=0, patch="", measured=True):
+    """Run `code` in a process of its own, `patch` before anything is imported; return the lines it has written.
+
+    Where it is `measured`, coverage has a handler for SIGTERM.
+    """
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    if patch:
-        env.pop("COVERAGE_PROCESS_CONFIG", None)  # it knows threads only
+    if patch or not measured:  # coverage knows threads only
+        env.pop("COVERAGE_PROCESS_CONFIG", None)
     process = subprocess.run(
         [sys.executable, "-W", "error", "-c", patch + PRELUDE + code, *arguments],
         stdout=subprocess.PIPE,
@@ -258,6 +263,7 @@ except KeyboardInterrupt:
 
 def test_a_process_that_may_not_be_serving_keeps_what_python_starts_with():
     assert story("""
+signal.signal(SIGTERM, SIG_DFL)  # where it is measured, coverage has come before
 say(shutdown.install())
 say(getsignal(SIGTERM) is SIG_DFL, getsignal(SIGINT) is signal.default_int_handler, getsignal(SIGQUIT) is SIG_DFL)
 """) == ["False", "True True True"]
@@ -314,7 +320,7 @@ wait(1)
 
 @pytest.mark.parametrize("name", ["asyncio", "uvloop"])
 def test_a_loop_that_handles_signals_hears_of_each_once_and_at_once(name):
-    pytest.importorskip(name)
+    need_module(name)
     lines = story(f"""
 import {name}
 
@@ -464,7 +470,7 @@ os.waitpid(child, 0)
 
 
 def test_greenlets_go_on_while_their_streams_end():
-    pytest.importorskip("gevent")
+    need_module("gevent")
     patch = "from gevent import monkey; thread = monkey.get_original('_thread', 'get_ident'); monkey.patch_all()"
     lines = story(
         """
