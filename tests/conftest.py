@@ -4,9 +4,11 @@ import signal
 from contextlib import ExitStack
 
 import pytest
+from django.core.signals import request_finished
 from django.db import connections
 from django.test import override_settings
 
+from django_sse.signals import stream_closed
 from tests.helpers import servers
 from tests.helpers.process import RUNNING
 from tests.helpers.redis import RedisServer
@@ -69,6 +71,32 @@ def redis_settings(redis_server):
     connection = {"location": redis_server.location}
     with override_settings(REDIS_SSEQUEUE_CONNECTION_SETTINGS=connection):
         yield connection
+
+
+@pytest.fixture
+def finished():
+    """A true value for each request that Django has finished."""
+    finished = []
+
+    def receiver(**kwargs):
+        finished.append(1)
+
+    request_finished.connect(receiver)
+    yield finished
+    request_finished.disconnect(receiver)
+
+
+@pytest.fixture
+def reasons():
+    """Why each stream has ended."""
+    reasons = []
+
+    def receiver(reason, **kwargs):
+        reasons.append(reason)
+
+    stream_closed.connect(receiver)
+    yield reasons
+    stream_closed.disconnect(receiver)
 
 
 @pytest.fixture

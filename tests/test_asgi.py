@@ -1,56 +1,24 @@
 """The application around Django's: every request is Django's own, and its stream goes on when that has ended."""
 
 import asyncio
-import gc
-import threading
-from typing import ClassVar
 
 import pytest
 from django.core.asgi import get_asgi_application as get_django_application
-from django.core.signals import request_finished
 from django.http import HttpResponse
-from django.test import override_settings
 from django.urls import path
 
 from django_sse import asgi
 from django_sse.asgi import SseApplication, get_asgi_application
-from django_sse.redisqueue import RedisQueueView, _runtime, send_event
+from django_sse.redisqueue import RedisQueueView, send_event
 from django_sse.registry import open_streams
-from django_sse.signals import stream_closed
-from django_sse.views import BaseSseView
-from tests.helpers.asgi import Exchange
+from tests.helpers.asgi import Exchange, http_scope, leaves_the_body
 from tests.helpers.loops import needs_loops, soon
-from tests.helpers.wait import until
+from tests.helpers.project import AEndless, Endless, nothing_subscribed, project
 
 pytestmark = needs_loops
 
 
-class Sync(BaseSseView):
-    ended: ClassVar = []
-
-    def iterator(self):
-        step = threading.Event()
-        try:
-            while True:
-                self.sse.add_message("", "tick")
-                yield
-                step.wait(0.01)
-        finally:
-            self.ended.append(1)
-
-
-class Async(Sync):
-    async def iterator(self):
-        try:
-            while True:
-                self.sse.add_message("", "tick")
-                yield
-                await asyncio.sleep(0.01)
-        finally:
-            self.ended.append(1)
-
-
-class Slow(Async):
+class Slow(AEndless):
     """Takes its time to end."""
 
     max_age = 0.05
@@ -70,7 +38,7 @@ class Queue(RedisQueueView):
     redis_channel = "asgi"
 
 
-class Limited(Async):
+class Limited(AEndless):
     max_age = 0.2
 
 
@@ -83,8 +51,8 @@ def echo(request):
 
 
 urlpatterns = [
-    path("sync", Sync.as_view()),
-    path("async", Async.as_view()),
+    path("sync", Endless.as_view()),
+    path("async", AEndless.as_view()),
     path("queue", Queue.as_view()),
     path("limited", Limited.as_view()),
     path("slow-end", Slow.as_view()),
@@ -97,39 +65,8 @@ EVERY_STREAM = pytest.mark.parametrize("name", ["sync", "async", "queue"])
 
 @pytest.fixture(autouse=True)
 def _project():
-    Sync.ended.clear()
-    with override_settings(
-        ROOT_URLCONF=__name__, MIDDLEWARE=[], REDIS_SSEQUEUE_CONNECTION_SETTINGS={"location": "memory:"}
-    ):
+    with project(__name__):
         yield
-        until(lambda: gc.collect() >= 0 and len(open_streams) == 0, what="no open stream")
-        until(lambda: _runtime().stats() == {"channels": 0, "subscriptions": 0}, what="no subscription")
-
-
-@pytest.fixture
-def reasons():
-    """Why each stream has ended."""
-    reasons = []
-
-    def receiver(reason, **kwargs):
-        reasons.append(reason)
-
-    stream_closed.connect(receiver)
-    yield reasons
-    stream_closed.disconnect(receiver)
-
-
-@pytest.fixture
-def finished():
-    """A true value for each request that Django has finished."""
-    finished = []
-
-    def receiver(**kwargs):
-        finished.append(1)
-
-    request_finished.connect(receiver)
-    yield finished
-    request_finished.disconnect(receiver)
 
 
 async def begun(exchange, name):
@@ -160,7 +97,7 @@ def test_the_client_leaves_after_the_handler(name, finished, reasons):
         assert not exchange.finished
         await soon(lambda: reasons == ["client"])
         if name != "queue":
-            await soon(lambda: Sync.ended)
+            await soon(lambda: Endless.ended)
 
     asyncio.run(main())
 
@@ -209,8 +146,7 @@ def test_the_client_leaves_before_it_is_heard():
             return next(messages)
 
         sent = []
-        scope = Exchange(application, "/async").scope
-        await application(scope, receive, sent.append)
+        await application(http_scope("/async"), receive, sent.append)
         assert sent == []
 
     asyncio.run(main())
@@ -253,7 +189,7 @@ def test_a_stream_that_ends_for_its_age_ends_the_response(finished, reasons):
         exchange = Exchange(get_asgi_application(), "/limited")
         await exchange.over()
         assert exchange.finished
-        await soon(lambda: Sync.ended)
+        await soon(lambda: Endless.ended)
 
     asyncio.run(main())
     assert reasons == ["max_age"]
@@ -266,7 +202,7 @@ def test_a_response_ends_after_the_finally_of_its_iterator(taken_over):
     async def main():
         exchange = Exchange(get_asgi_application() if taken_over else get_django_application(), "/slow-end")
         await exchange.over()
-        assert Sync.ended == [1]
+        assert Endless.ended == [1]
 
     asyncio.run(main())
 
@@ -278,7 +214,7 @@ def test_the_server_waits_for_the_finally_of_an_iterator_whose_client_has_left(t
         await exchange.until(b"data: tick")
         exchange.leave()
         await exchange.over()
-        assert Sync.ended == [1]
+        assert Endless.ended == [1]
 
     asyncio.run(main())
 
@@ -310,7 +246,7 @@ def test_the_server_cancels_the_request(name, reasons, draining):
         with pytest.raises(asyncio.CancelledError):
             await exchange.over()
         if name != "queue":
-            await soon(lambda: Sync.ended, timeout=1)
+            await soon(lambda: Endless.ended, timeout=1)
 
     try:
         asyncio.run(main())
@@ -322,6 +258,7 @@ def test_the_server_cancels_the_request(name, reasons, draining):
 # --- Django fails, or is not alone ---
 
 
+@leaves_the_body
 @EVERY_STREAM
 @pytest.mark.parametrize("when", ["after the handler", "instead of the start", "instead of the end"])
 def test_an_application_that_raises_gives_everything_back(name, when):
@@ -341,7 +278,7 @@ def test_an_application_that_raises_gives_everything_back(name, when):
         with pytest.raises(ZeroDivisionError, match=when):
             await exchange.over()
         await soon(lambda: len(open_streams) == 0)
-        assert _runtime().stats() == {"channels": 0, "subscriptions": 0}
+        assert nothing_subscribed()
 
     asyncio.run(main())
 

@@ -4,21 +4,18 @@ import asyncio
 import gc
 import logging
 import threading
-from typing import ClassVar
 
 import pytest
 from asgiref.sync import SyncToAsync, ThreadSensitiveContext, async_to_sync, sync_to_async
 from django.contrib.auth.models import Group
-from django.core.asgi import get_asgi_application as get_django_application
 from django.db import connections, transaction
 from django.db.backends.signals import connection_created
 from django.http import HttpResponse, StreamingHttpResponse
-from django.test import RequestFactory, override_settings
+from django.test import RequestFactory
 from django.urls import path
 from django.utils.decorators import sync_only_middleware
 
 from django_sse import database
-from django_sse.asgi import SseApplication
 from django_sse.database import (
     arelease_connections,
     arelease_idle,
@@ -27,17 +24,16 @@ from django_sse.database import (
     release_idle,
     stepping,
 )
-from django_sse.redisqueue import RedisQueueView, _runtime
+from django_sse.redisqueue import RedisQueueView
 from django_sse.registry import open_streams
 from django_sse.signals import stream_closed, stream_opened
 from django_sse.views import BaseSseView
-from tests.helpers.asgi import Exchange
+from tests.helpers.asgi import SERVERS, Exchange, application, leaves_the_body
 from tests.helpers.loops import needs_loops, soon
-from tests.helpers.wait import until
+from tests.helpers.project import AEndless, Endless, nothing_subscribed, project
 
 FILE = "file"
 ROWS = 20
-SERVERS = pytest.mark.parametrize("taken_over", [True, False], ids=["taken over", "in the handler"])
 
 
 class Opened(list):
@@ -74,11 +70,8 @@ def opened(tmp_path, django_db_blocker):
 
 @pytest.fixture(autouse=True)
 def _project():
-    with override_settings(
-        ROOT_URLCONF=__name__, MIDDLEWARE=[], REDIS_SSEQUEUE_CONNECTION_SETTINGS={"location": "memory:"}
-    ):
+    with project(__name__):
         yield
-    until(lambda: gc.collect() >= 0 and len(open_streams) == 0, what="no open stream")
 
 
 def count():
@@ -472,12 +465,6 @@ urlpatterns = [
 ]
 
 
-def application(*, taken_over, middleware=()):
-    with override_settings(MIDDLEWARE=[f"{__name__}.{one.__name__}" for one in middleware]):
-        app = get_django_application()
-    return SseApplication(app) if taken_over else app
-
-
 def request_threads():
     """The threads that asgiref, or we in its stead, keep for requests."""
     names = ("ThreadPoolExecutor", "django-sse-request")
@@ -537,7 +524,7 @@ def test_under_asgi_open_streams_hold_no_connection_and_no_request_thread(opened
     async def main():
         finals.clear()
         before = len(request_threads())
-        app = application(taken_over=taken_over, middleware=middleware)
+        app = application(*middleware, taken_over=taken_over)
         exchanges = [Exchange(app, f"/{name}") for _ in range(5)]
         for exchange in exchanges:
             await exchange.until(b"retry" if name == "queue" else b"asked")
@@ -575,7 +562,7 @@ def test_a_programs_own_response_can_give_back_too(opened, taken_over):
 @pytest.mark.parametrize("middleware", [(), (sync_only,)], ids=["plain", "sync middleware"])
 def test_an_async_view_can_give_back(opened, middleware):
     async def main():
-        exchange = Exchange(application(taken_over=False, middleware=middleware), "/releasing")
+        exchange = Exchange(application(*middleware, taken_over=False), "/releasing")
         await asyncio.wait_for(exchange.request, 5)
         assert exchange.body == b"done"
 
@@ -611,39 +598,14 @@ def test_receivers_of_the_signals_leave_no_connection(opened, taken_over):
 # --- the server cancels (FACTS L4: Django 5.2 leaves its own task behind) ---
 
 
-class Endless(BaseSseView):
-    ended: ClassVar = []
-
-    def iterator(self):
-        step = threading.Event()
-        try:
-            while True:
-                self.sse.add_message("", "tick")
-                yield
-                step.wait(0.01)
-        finally:
-            self.ended.append("finally")
-
-
-class AEndless(Endless):
-    async def iterator(self):
-        try:
-            while True:
-                self.sse.add_message("", "tick")
-                yield
-                await asyncio.sleep(0.01)
-        finally:
-            self.ended.append("finally")
-
-
-class Waiting(AEndless):
+class Waiting(Endless):
     async def iterator(self):
         try:
             self.sse.add_message("", "tick")
             yield
             await asyncio.sleep(3600)
         finally:
-            self.ended.append("finally")
+            self.ended.append(1)
 
 
 urlpatterns += [
@@ -653,19 +615,14 @@ urlpatterns += [
 ]
 
 
-# Django 5.2 leaves the body of such a request to the collector.
-@pytest.mark.filterwarnings("ignore:Unclosed file <tempfile.SpooledTemporaryFile:ResourceWarning")
+@leaves_the_body
 @needs_loops
 @SERVERS
 @pytest.mark.parametrize("name", ["endless", "aendless", "waiting", "queue"])
 @pytest.mark.parametrize("blocked", [False, True], ids=["free", "blocked in send"])
-def test_a_request_that_the_server_cancels_runs_every_finally_within_a_second(opened, taken_over, name, blocked):
-    Endless.ended.clear()
-    told = []
-
-    def closed(reason, **kwargs):
-        told.append(reason)
-
+def test_a_request_that_the_server_cancels_runs_every_finally_within_a_second(
+    opened, reasons, taken_over, name, blocked
+):
     async def main():
         jammed = asyncio.Event()
 
@@ -680,17 +637,13 @@ def test_a_request_that_the_server_cancels_runs_every_finally_within_a_second(op
         exchange.request.cancel()
         with pytest.raises(asyncio.CancelledError):
             await exchange.request
-        await soon(lambda: told == ["client"], timeout=1)
+        await soon(lambda: reasons == ["client"], timeout=1)
         await soon(lambda: len(open_streams) == 0, timeout=1)
         if name == "queue":
-            assert _runtime().stats() == {"channels": 0, "subscriptions": 0}
+            assert nothing_subscribed()
         elif not blocked:
-            await soon(lambda: Endless.ended == ["finally"], timeout=1)
+            await soon(lambda: Endless.ended == [1], timeout=1)
 
-    stream_closed.connect(closed)
-    try:
-        asyncio.run(main())
-    finally:
-        stream_closed.disconnect(closed)
+    asyncio.run(main())
     gc.collect()
     assert len(Endless.ended) <= 1

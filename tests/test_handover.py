@@ -8,22 +8,30 @@ import weakref
 from typing import ClassVar
 
 import pytest
-from asgiref.sync import iscoroutinefunction
 from django.core.asgi import get_asgi_application as get_django_application
-from django.core.signals import request_finished
 from django.http import HttpResponse, HttpResponseForbidden, StreamingHttpResponse
 from django.test import RequestFactory, override_settings
 from django.urls import path
-from django.utils.decorators import sync_and_async_middleware, sync_only_middleware
 
-from django_sse import redisqueue
 from django_sse.asgi import SseApplication
 from django_sse.handover import SCOPE_KEY, EventStreamResponse, Handover
 from django_sse.redisqueue import RedisQueueView, send_event
 from django_sse.registry import open_streams
 from django_sse.views import BaseSseView
-from tests.helpers.asgi import Exchange
+from tests.helpers.asgi import Exchange, application
 from tests.helpers.loops import needs_loops, soon
+from tests.helpers.middleware import (
+    DJANGOS,
+    after,
+    failing,
+    forbidding,
+    looking,
+    louder_async,
+    sync_only,
+    wrapping,
+    wrapping_in_another,
+)
+from tests.helpers.project import nothing_subscribed, project, stats
 from tests.helpers.wait import until
 
 pytestmark = needs_loops
@@ -128,41 +136,9 @@ EVERY_STREAM = pytest.mark.parametrize("name", ["sync", "async", "queue"])
 @pytest.fixture(autouse=True)
 def _project():
     Made.forget()
-    with override_settings(
-        ROOT_URLCONF=__name__, MIDDLEWARE=[], REDIS_SSEQUEUE_CONNECTION_SETTINGS={"location": "memory:"}
-    ):
+    with project(__name__):
         yield
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left():
-    yield
-    until(lambda: gc.collect() >= 0 and len(open_streams) == 0, what="no open stream")
-    gc.collect()
     until(lambda: len(Made.began) == len(Made.ended) or not Made.ended, what="every finally")
-    until(lambda: stats() == {"channels": 0, "subscriptions": 0}, what="no subscription")
-
-
-def stats():
-    return redisqueue._runtime().stats()
-
-
-@pytest.fixture
-def finished():
-    """What request_finished was sent for."""
-    finished = []
-
-    def receiver(sender, **kwargs):
-        finished.append(sender)
-
-    request_finished.connect(receiver)
-    yield finished
-    request_finished.disconnect(receiver)
-
-
-def application(*middleware):
-    with override_settings(MIDDLEWARE=[f"{__name__}.{one.__name__}" for one in middleware]):
-        return SseApplication(get_django_application())
 
 
 async def feeding(name):
@@ -272,58 +248,20 @@ def test_head_has_the_headers_alone(finished):
 # --- middleware in between ---
 
 
-def between(change):
-    """Return middleware, for sync and async alike, that returns what `change(request, response)` does."""
-
-    @sync_and_async_middleware
-    def middleware(get_response):
-        if iscoroutinefunction(get_response):
-
-            async def process(request):
-                return change(request, await get_response(request))
-
-        else:
-
-            def process(request):
-                return change(request, get_response(request))
-
-        return process
-
-    middleware.__name__ = change.__name__ + "_middleware"
-    return middleware
-
-
-async def louder(chunks):
-    async for chunk in chunks:
-        yield chunk.replace(b"<", b"<<")
-
-
-def replaces(request, response):
-    response.streaming_content = louder(response.streaming_content)
-    return response
-
-
 async def other_chunks():
     for number in range(10):
         yield b"<<%d>" % number
 
 
-def replaces_unread(request, response):
+@after
+def replacing_unread(response):
     response.streaming_content = other_chunks()
     return response
 
 
-def reads(request, response):
-    request.content = response.streaming_content
-    return response
-
-
-def copies(request, response):
-    return StreamingHttpResponse(louder(response.streaming_content), headers=dict(response.items()))
-
-
-def copies_and_reads_later(request, response):
-    return StreamingHttpResponse(louder(response), headers=dict(response.items()))
+@after
+def reading_later(response):
+    return StreamingHttpResponse(louder_async(response), headers=response.headers)
 
 
 class _Closing:
@@ -333,72 +271,39 @@ class _Closing:
         self.response = response
 
     def __aiter__(self):
-        return louder(self.response)
+        return louder_async(self.response)
 
     def close(self):
         self.response.close()
 
 
-def copies_reads_later_and_closes(request, response):
-    return StreamingHttpResponse(_Closing(response), headers=dict(response.items()))
+@after
+def reading_later_and_closing(response):
+    return StreamingHttpResponse(_Closing(response), headers=response.headers)
 
 
-def renews(request, response):
-    return StreamingHttpResponse(louder(response), content_type="text/event-stream")
+@after
+def renewing(response):
+    return StreamingHttpResponse(louder_async(response), content_type="text/event-stream")
 
 
-def refuses(request, response):
-    return HttpResponseForbidden("no", headers=dict(response.items()))
+@after
+def forbidding_with_its_headers(response):
+    return HttpResponseForbidden("Not you.", headers=response.headers)
 
 
-def refuses_unread(request, response):
-    return HttpResponseForbidden("no")
-
-
-def raises(request, response):
-    raise ZeroDivisionError("the middleware's")
-
-
-def adds_a_header(request, response):
-    response["X-Own"] = "yes"
+@after
+def adding_headers(response):
+    response["X-Seen"] = "by this"
     response.set_cookie("seen", "1")
     return response
-
-
-replaces_middleware = between(replaces)
-replaces_unread_middleware = between(replaces_unread)
-reads_middleware = between(reads)
-copies_middleware = between(copies)
-copies_and_reads_later_middleware = between(copies_and_reads_later)
-copies_reads_later_and_closes_middleware = between(copies_reads_later_and_closes)
-renews_middleware = between(renews)
-refuses_middleware = between(refuses)
-refuses_unread_middleware = between(refuses_unread)
-raises_middleware = between(raises)
-adds_a_header_middleware = between(adds_a_header)
-
-
-@sync_only_middleware
-def sync_only(get_response):
-    def middleware(request):
-        response = get_response(request)
-        response["X-Own"] = "yes"
-        return response
-
-    return middleware
 
 
 @EVERY_STREAM
 @pytest.mark.parametrize(
     "middleware",
-    [
-        replaces_middleware,
-        copies_middleware,
-        copies_and_reads_later_middleware,
-        copies_reads_later_and_closes_middleware,
-        renews_middleware,
-    ],
-    ids=lambda middleware: middleware.__name__.removesuffix("_middleware"),
+    [wrapping, wrapping_in_another, reading_later, reading_later_and_closing, renewing],
+    ids=lambda middleware: middleware.__name__,
 )
 def test_what_a_middleware_makes_of_the_stream_is_what_arrives(name, middleware, finished):
     async def main():
@@ -406,7 +311,7 @@ def test_what_a_middleware_makes_of_the_stream_is_what_arrives(name, middleware,
         await soon(lambda: exchange.sent)
         await soon(lambda: name != "queue" or stats()["subscriptions"])
         feeder = await feeding(name)
-        await exchange.until(b"<<5>")
+        await exchange.until(b"DATA: <5>")
         assert exchange.headers["content-type"] == "text/event-stream"
         assert finished == []
         exchange.leave()
@@ -420,7 +325,7 @@ def test_what_a_middleware_makes_of_the_stream_is_what_arrives(name, middleware,
 @EVERY_STREAM
 def test_what_a_middleware_puts_in_the_streams_place_is_what_arrives(name):
     async def main():
-        exchange = Exchange(application(replaces_unread_middleware), f"/{name}")
+        exchange = Exchange(application(replacing_unread), f"/{name}")
         await exchange.over()
         assert exchange.body == b"".join([b"<<%d>" % number for number in range(10)])
         assert exchange.finished
@@ -432,7 +337,7 @@ def test_what_a_middleware_puts_in_the_streams_place_is_what_arrives(name):
 @EVERY_STREAM
 def test_a_middleware_that_looks_at_the_content_keeps_it_in_the_handler(name, finished):
     async def main():
-        exchange = Exchange(application(reads_middleware), f"/{name}")
+        exchange = Exchange(application(looking), f"/{name}")
         await soon(lambda: exchange.sent)
         feeder = await feeding(name)
         await exchange.until(b"<5>")
@@ -447,15 +352,15 @@ def test_a_middleware_that_looks_at_the_content_keeps_it_in_the_handler(name, fi
 
 
 @EVERY_STREAM
-@pytest.mark.parametrize("middleware", [refuses_middleware, refuses_unread_middleware])
+@pytest.mark.parametrize("middleware", [forbidding, forbidding_with_its_headers], ids=lambda one: one.__name__)
 def test_a_middleware_that_answers_instead_gives_everything_back(name, middleware, finished):
     async def main():
         exchange = Exchange(application(middleware), f"/{name}")
         await exchange.over()
-        assert (exchange.status, exchange.body) == (403, b"no")
+        assert (exchange.status, exchange.body) == (403, b"Not you.")
         assert exchange.finished
         assert len(open_streams) == 0
-        assert stats() == {"channels": 0, "subscriptions": 0}
+        assert nothing_subscribed()
         assert Made.began == []
 
     asyncio.run(main())
@@ -464,24 +369,24 @@ def test_a_middleware_that_answers_instead_gives_everything_back(name, middlewar
 @EVERY_STREAM
 def test_a_middleware_that_fails_gives_everything_back(name, caplog):
     async def main():
-        exchange = Exchange(application(raises_middleware), f"/{name}")
+        exchange = Exchange(application(failing), f"/{name}")
         await exchange.over()
         assert exchange.status == 500
         assert b"data:" not in exchange.body
         assert len(open_streams) == 0
-        assert stats() == {"channels": 0, "subscriptions": 0}
+        assert nothing_subscribed()
 
     with caplog.at_level(logging.CRITICAL):
         asyncio.run(main())
 
 
 @EVERY_STREAM
-@pytest.mark.parametrize("middleware", [adds_a_header_middleware, sync_only], ids=lambda one: one.__name__)
+@pytest.mark.parametrize("middleware", [adding_headers, sync_only], ids=lambda one: one.__name__)
 def test_a_middleware_that_adds_a_header_is_no_hindrance(name, middleware, finished):
     async def main():
         exchange = Exchange(application(middleware), f"/{name}")
         await soon(lambda: finished)
-        assert exchange.headers["x-own"] == "yes"
+        assert "x-seen" in exchange.headers
         feeder = await feeding(name)
         await exchange.until(b"<5>")
         exchange.leave()
@@ -489,20 +394,6 @@ def test_a_middleware_that_adds_a_header_is_no_hindrance(name, middleware, finis
         feeder.cancel()
 
     asyncio.run(main())
-
-
-DJANGOS = [
-    "django.middleware.security.SecurityMiddleware",
-    "django.middleware.gzip.GZipMiddleware",
-    "django.middleware.http.ConditionalGetMiddleware",
-    "django.contrib.sessions.middleware.SessionMiddleware",
-    "django.middleware.locale.LocaleMiddleware",
-    "django.middleware.common.CommonMiddleware",
-    "django.middleware.csrf.CsrfViewMiddleware",
-    "django.contrib.auth.middleware.AuthenticationMiddleware",
-    "django.contrib.messages.middleware.MessageMiddleware",
-    "django.middleware.clickjacking.XFrameOptionsMiddleware",
-]
 
 
 @EVERY_STREAM

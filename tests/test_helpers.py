@@ -19,7 +19,7 @@ from tests.helpers.client import StreamClient, request
 from tests.helpers.eventsource import Message, Parser, parse
 from tests.helpers.need import need
 from tests.helpers.process import RUNNING, Process, free_port
-from tests.helpers.rawclient import RawClient, private_network
+from tests.helpers.rawclient import PRIVATE, RawClient, private_network
 from tests.helpers.servers import SERVERS
 from tests.helpers.wait import until
 
@@ -337,8 +337,6 @@ def test_a_restarted_redis_is_at_the_same_place_and_empty(redis_server):
 
 @pytest.fixture
 def postgres_census():
-    if not postgres.find():
-        pytest.skip("no PostgreSQL: the census counts on SQLite")
     with census.Postgres() as database:
         yield database
 
@@ -364,8 +362,6 @@ def test_sqlite_connections_are_descriptors_of_the_file(tmp_path):
 
 
 def test_postgresql_leaves_nothing_behind():
-    if not postgres.find():
-        pytest.skip("no PostgreSQL: the census counts on SQLite")
     with postgres.PostgresServer() as server:
         assert process_exists(server.pid)
         folder = Path(server.settings["HOST"])
@@ -440,8 +436,7 @@ def test_a_client_that_vanishes_answers_nothing(connection):
 def test_in_a_private_network_the_kernel_soon_gives_up_who_has_vanished_and_the_own_network_comes_back():
     with socket.create_server(("127.0.0.1", 0)) as outside:
         with private_network() as private:
-            if not private:
-                pytest.skip("needs root of a Linux")
+            need(private, PRIVATE)
             with pytest.raises(ConnectionRefusedError):
                 socket.create_connection(outside.getsockname(), timeout=1)
             with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -8,7 +8,6 @@ when the test has received the one before, so that whatever gathers events canno
 import asyncio
 import contextlib
 import gc
-import inspect
 import io
 import itertools
 import json
@@ -25,19 +24,29 @@ from django.contrib import messages
 from django.core.exceptions import PermissionDenied
 from django.core.handlers.asgi import ASGIHandler
 from django.core.handlers.wsgi import WSGIHandler
-from django.core.signals import request_finished
-from django.http import HttpResponse, HttpResponseForbidden, StreamingHttpResponse
+from django.http import HttpResponse
 from django.test import override_settings
 from django.urls import path
-from django.utils.decorators import async_only_middleware, sync_and_async_middleware, sync_only_middleware
+from django.utils.decorators import async_only_middleware
 from django.utils.translation import get_language
 
-from django_sse import redisqueue
 from django_sse.asgi import SseApplication
 from django_sse.redisqueue import RedisQueueView, send_event
 from django_sse.registry import open_streams
 from django_sse.views import BaseSseView
+from tests.helpers.middleware import (
+    DJANGOS,
+    after,
+    failing,
+    forbidding,
+    looking,
+    path_of,
+    sync_only,
+    wrapping,
+    wrapping_in_another,
+)
 from tests.helpers.need import need
+from tests.helpers.project import nothing_subscribed, project
 from tests.helpers.servers import serve
 from tests.helpers.wait import until
 from tests.servers.driver import Driver
@@ -49,7 +58,7 @@ LONGEST = 5  # seconds for which anything is waited for
 OPENING = b"retry: 2000\n\n"
 LONG_PAGE = "A page that is worth compressing. " * 100
 
-DJANGOS = {
+FEATURES = {
     "gzip": ["django.middleware.gzip.GZipMiddleware"],
     "conditional-get": ["django.middleware.http.ConditionalGetMiddleware"],
     "sessions": ["django.contrib.sessions.middleware.SessionMiddleware"],
@@ -63,18 +72,6 @@ DJANGOS = {
     "security": ["django.middleware.security.SecurityMiddleware"],
     "clickjacking": ["django.middleware.clickjacking.XFrameOptionsMiddleware"],
 }
-ALL = [
-    "django.middleware.security.SecurityMiddleware",
-    "django.middleware.gzip.GZipMiddleware",
-    "django.middleware.http.ConditionalGetMiddleware",
-    "django.contrib.sessions.middleware.SessionMiddleware",
-    "django.middleware.locale.LocaleMiddleware",
-    "django.middleware.common.CommonMiddleware",
-    "django.middleware.csrf.CsrfViewMiddleware",
-    "django.contrib.auth.middleware.AuthenticationMiddleware",
-    "django.contrib.messages.middleware.MessageMiddleware",
-    "django.middleware.clickjacking.XFrameOptionsMiddleware",
-]
 
 # --- the project ----------------------------------------------------------------------------------------------------
 
@@ -171,16 +168,6 @@ def event(what):
 # --- middleware as projects write it ---------------------------------------------------------------------------------
 
 
-@sync_only_middleware
-def sync_only(get_response):
-    def middleware(request):
-        response = get_response(request)
-        response["X-Seen"] = "by sync-only middleware"
-        return response
-
-    return middleware
-
-
 @async_only_middleware
 def async_only(get_response):
     async def middleware(request):
@@ -191,73 +178,9 @@ def async_only(get_response):
     return middleware
 
 
-def after(change):
-    """Return middleware of both kinds that changes the response of a view."""
-
-    @sync_and_async_middleware
-    def factory(get_response):
-        if inspect.iscoroutinefunction(get_response):
-
-            async def middleware(request):
-                return change(await get_response(request))
-
-        else:
-
-            def middleware(request):
-                return change(get_response(request))
-
-        return middleware
-
-    return factory
-
-
-def louder(chunks):
-    for chunk in chunks:
-        yield chunk.upper()
-
-
-async def louder_async(chunks):
-    async for chunk in chunks:
-        yield chunk.upper()
-
-
-def wrapped(response):
-    return (louder_async if response.is_async else louder)(response.streaming_content)
-
-
-def wrap(response):
-    response.streaming_content = wrapped(response)
-    return response
-
-
-def wrap_in_another(response):
-    return StreamingHttpResponse(wrapped(response), headers=response.headers)
-
-
-def look(response):
-    """Ask for the content and leave it as it is."""
-    assert response.streaming_content is not None
-    return response
-
-
-def forbid(response):
-    return HttpResponseForbidden("Not you.")
-
-
-def deny(response):
+@after
+def denying(response):
     raise PermissionDenied
-
-
-def fail(response):
-    raise RuntimeError("middleware that fails")
-
-
-wrapping = after(wrap)
-wrapping_in_another = after(wrap_in_another)
-looking = after(look)
-forbidding = after(forbid)
-denying = after(deny)
-failing = after(fail)
 
 
 # --- the servers ----------------------------------------------------------------------------------------------------
@@ -400,33 +323,14 @@ def loop():
 @pytest.fixture
 def start(loop):
     """Call with the name of a house and its middleware: a server in this process."""
-    with ExitStack() as stack:
+    storage = "django.contrib.messages.storage.cookie.CookieStorage"
+    with project(__name__, DJANGO_SSE={"HEARTBEAT": HEARTBEAT}, MESSAGE_STORAGE=storage), ExitStack() as stack:
 
         def start(house, middleware):
             stack.enter_context(override_settings(MIDDLEWARE=middleware))
             return {"wsgi": Wsgi, "plain": Asgi, "handed-over": HandedOver}[house](loop)
 
-        with override_settings(
-            ROOT_URLCONF=__name__,
-            REDIS_SSEQUEUE_CONNECTION_SETTINGS={"location": "memory:"},
-            DJANGO_SSE={"HEARTBEAT": HEARTBEAT},
-            MESSAGE_STORAGE="django.contrib.messages.storage.cookie.CookieStorage",
-        ):
-            yield start
-            until(lambda: not open_streams.all(), what="the end of the streams")
-
-
-@pytest.fixture
-def finished():
-    """How many requests Django has finished."""
-    requests = []
-
-    def note(**kwargs):
-        requests.append(kwargs)
-
-    request_finished.connect(note)
-    yield requests
-    request_finished.disconnect(note)
+        yield start
 
 
 @pytest.fixture
@@ -441,8 +345,8 @@ each_house = pytest.mark.parametrize("house", HOUSES)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def subscriptions():
-    return redisqueue._runtime().stats()["subscriptions"]
+def each_of(*middleware):
+    return pytest.mark.parametrize("middleware", middleware, ids=lambda one: one.__name__)
 
 
 def check_one_by_one(response, kind, key, shape=bytes):
@@ -459,7 +363,7 @@ def check_one_by_one(response, kind, key, shape=bytes):
 # --- Django's middleware ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", [*DJANGOS.values(), ALL], ids=[*DJANGOS, "all"])
+@pytest.mark.parametrize("names", [*FEATURES.values(), DJANGOS], ids=[*FEATURES, "all"])
 @each_kind
 @each_house
 def test_events_come_one_by_one_through_djangos_middleware(start, finished, house, kind, names):
@@ -483,7 +387,7 @@ def test_events_come_one_by_one_through_djangos_middleware(start, finished, hous
 @each_house
 def test_the_middleware_is_at_work(start, house):
     """All that the test above shows not to happen to a stream happens to a page, and what may happen does."""
-    server = start(house, ALL)
+    server = start(house, DJANGOS)
     with server.get("/page", accept_encoding="gzip") as response:
         response.wait_ended()
         assert response.headers["content-encoding"] == "gzip"
@@ -503,7 +407,7 @@ def test_the_middleware_is_at_work(start, house):
 @pytest.mark.parametrize("kind", ["sync", "async"])
 @each_house
 def test_each_iterator_speaks_the_language_of_its_client(start, house, kind):
-    server = start(house, DJANGOS["locale"])
+    server = start(house, FEATURES["locale"])
     languages = ("de", "fr", "en")
     with ExitStack() as stack:
         streams = []
@@ -525,24 +429,26 @@ def test_each_iterator_speaks_the_language_of_its_client(start, house, kind):
 # --- a project's own --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sync_only", "async_only"])
+@each_of(sync_only, async_only)
 @each_kind
 @each_house
-def test_events_come_one_by_one_through_middleware_of_one_kind_only(start, finished, house, kind, name):
-    server = start(house, [f"{__name__}.{name}"])
+def test_events_come_one_by_one_through_middleware_of_one_kind_only(start, finished, house, kind, middleware):
+    server = start(house, [path_of(middleware)])
     key = next(keys)
     with server.get(f"/{kind}/{key}") as response:
         check_one_by_one(response, kind, key)
-        assert response.headers["x-seen"] == f"by {name.replace('_', '-')} middleware"
+        assert response.headers["x-seen"] == f"by {middleware.__name__.replace('_', '-')} middleware"
         assert len(finished) == (house == "handed-over")
         say(kind, key, None)
 
 
-@pytest.mark.parametrize("name", ["wrapping", "wrapping_in_another"])
+@each_of(wrapping, wrapping_in_another)
 @each_kind
 @each_house
-def test_content_that_middleware_wraps_is_delivered_wrapped_and_within_the_handler(start, finished, house, kind, name):
-    server = start(house, [*ALL, f"{__name__}.{name}"])
+def test_content_that_middleware_wraps_is_delivered_wrapped_and_within_the_handler(
+    start, finished, house, kind, middleware
+):
+    server = start(house, [*DJANGOS, path_of(middleware)])
     key = next(keys)
     with server.get(f"/{kind}/{key}") as response:
         check_one_by_one(response, kind, key, bytes.upper)
@@ -553,13 +459,13 @@ def test_content_that_middleware_wraps_is_delivered_wrapped_and_within_the_handl
     if kind != "queue":
         until(lambda: key in closed, what="the end of the iterator")
     # One that was not told is found by the collector.
-    until(lambda: gc.collect() is None or not subscriptions(), what="the end of the subscription")
+    until(lambda: gc.collect() is None or nothing_subscribed(), what="the end of the subscription")
 
 
 @each_kind
 @each_house
 def test_middleware_that_only_looks_at_the_content_changes_nothing_for_the_client(start, finished, house, kind):
-    server = start(house, [f"{__name__}.looking"])
+    server = start(house, [path_of(looking)])
     key = next(keys)
     with server.get(f"/{kind}/{key}") as response:
         check_one_by_one(response, kind, key)
@@ -567,11 +473,11 @@ def test_middleware_that_only_looks_at_the_content_changes_nothing_for_the_clien
         say(kind, key, None)
 
 
-@pytest.mark.parametrize(("name", "status"), [("forbidding", 403), ("denying", 403), ("failing", 500)])
+@each_of(forbidding, denying, failing)
 @each_kind
 @each_house
-def test_a_stream_that_middleware_answers_in_place_of_is_given_back_unread(start, house, kind, name, status, unlogged):
-    server = start(house, [f"{__name__}.{name}"])
+def test_a_stream_that_middleware_answers_in_place_of_is_given_back_unread(start, house, kind, middleware, unlogged):
+    server = start(house, [path_of(middleware)])
     key = next(keys)
     say(kind, key, "a secret")
     gc.collect()
@@ -579,7 +485,7 @@ def test_a_stream_that_middleware_answers_in_place_of_is_given_back_unread(start
     try:
         with server.get(f"/{kind}/{key}") as response:
             response.wait_ended()
-            assert response.status == status
+            assert response.status == (500 if middleware is failing else 403)
             say(kind, key, "a secret")
             assert b"secret" not in response.body
             assert b"retry" not in response.body
@@ -591,7 +497,7 @@ def test_a_stream_that_middleware_answers_in_place_of_is_given_back_unread(start
         def given_back():
             if collected:
                 gc.collect()
-            return not len(open_streams) and not subscriptions()
+            return not len(open_streams) and nothing_subscribed()
 
         until(given_back, LONGEST, "a free place")
     finally:
@@ -606,7 +512,7 @@ def test_a_stream_that_middleware_answers_in_place_of_is_given_back_unread(start
 def drivers():
     """Call with the name of a server and of an application: a server with all of Django's middleware."""
     running = {}
-    env = {"TEST_MIDDLEWARE": json.dumps(ALL)}
+    env = {"TEST_MIDDLEWARE": json.dumps(DJANGOS)}
     with ExitStack() as stack:
 
         def driver(name, app):

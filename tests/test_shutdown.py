@@ -262,11 +262,11 @@ except KeyboardInterrupt:
 
 
 def test_a_process_that_may_not_be_serving_keeps_what_python_starts_with():
-    assert story("""
-signal.signal(SIGTERM, SIG_DFL)  # where it is measured, coverage has come before
+    code = """
 say(shutdown.install())
 say(getsignal(SIGTERM) is SIG_DFL, getsignal(SIGINT) is signal.default_int_handler, getsignal(SIGQUIT) is SIG_DFL)
-""") == ["False", "True True True"]
+"""
+    assert story(code, measured=False) == ["False", "True True True"]
 
 
 @pytest.mark.parametrize(

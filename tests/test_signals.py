@@ -1,25 +1,22 @@
 """The two signals of a stream's life: each exactly once, for every server, and no receiver harms a stream."""
 
 import asyncio
-import gc
 import threading
 
 import pytest
 from asgiref.sync import sync_to_async
-from django.core.asgi import get_asgi_application as get_django_application
 from django.db import connection
-from django.http import HttpResponseForbidden
-from django.test import RequestFactory, override_settings
+from django.test import RequestFactory
 from django.urls import path
 
-from django_sse.asgi import SseApplication
 from django_sse.redisqueue import RedisQueueView, send_event
-from django_sse.registry import StreamInfo, open_streams
+from django_sse.registry import StreamInfo
 from django_sse.signals import stream_closed, stream_opened
 from django_sse.views import BaseSseView
-from tests.helpers.asgi import Exchange
+from tests.helpers.asgi import SERVERS, Exchange, application
 from tests.helpers.loops import needs_loops, soon
-from tests.helpers.wait import until
+from tests.helpers.middleware import forbidding
+from tests.helpers.project import project
 
 
 class Clock(BaseSseView):
@@ -56,16 +53,11 @@ urlpatterns = [
     path("news", News.as_view()),
 ]
 
-SERVERS = pytest.mark.parametrize("taken_over", [True, False], ids=["taken over", "in the handler"])
-
 
 @pytest.fixture(autouse=True)
 def _project():
-    with override_settings(
-        ROOT_URLCONF=__name__, MIDDLEWARE=[], REDIS_SSEQUEUE_CONNECTION_SETTINGS={"location": "memory:"}
-    ):
+    with project(__name__):
         yield
-    until(lambda: gc.collect() >= 0 and len(open_streams) == 0, what="no open stream")
 
 
 @pytest.fixture
@@ -98,10 +90,6 @@ def connect():
     yield connect
     for signal, receiver in connected:
         signal.disconnect(receiver)
-
-
-def application(*, taken_over):
-    return SseApplication(get_django_application()) if taken_over else get_django_application()
 
 
 def get(view, **extra):
@@ -266,17 +254,11 @@ def test_under_asgi_receivers_may_wait_and_use_the_database(connect, taken_over,
     assert threading.current_thread() not in [thread for _, thread in done]
 
 
-def refuses(get_response):
-    return lambda request: get_response(request) and HttpResponseForbidden()
-
-
 @needs_loops
 @SERVERS
 def test_a_stream_that_was_answered_otherwise_is_not_told_of(heard, taken_over):
     async def main():
-        with override_settings(MIDDLEWARE=[f"{__name__}.refuses"]):
-            app = application(taken_over=taken_over)
-        exchange = Exchange(app, "/clock")
+        exchange = Exchange(application(forbidding, taken_over=taken_over), "/clock")
         await exchange.over()
         assert exchange.status == 403
 

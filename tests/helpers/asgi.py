@@ -9,7 +9,43 @@ Calls an ASGI application in this process, being its server.
 
 import asyncio
 
+import pytest
+from django.core.asgi import get_asgi_application as get_django_application
+from django.test import override_settings
+
+from django_sse.asgi import SseApplication
 from tests.helpers.loops import soon
+from tests.helpers.middleware import path_of
+
+SERVERS = pytest.mark.parametrize("taken_over", [True, False], ids=["taken over", "in the handler"])
+
+# Where `send` fails or a request is cancelled, Django 5.2 leaves its body to the collector, as Python says since 3.11.
+leaves_the_body = pytest.mark.filterwarnings("ignore:Unclosed file <tempfile.SpooledTemporaryFile:ResourceWarning")
+
+
+def application(*middleware, taken_over=True):
+    """Return Django's application with this middleware, and ours around it if streams are to be `taken_over`."""
+    with override_settings(MIDDLEWARE=[path_of(one) for one in middleware]):
+        app = get_django_application()
+    return SseApplication(app) if taken_over else app
+
+
+def http_scope(path="/", method="GET", headers=()):
+    """Return what a server tells an application of a request."""
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"host", b"testserver"), *headers],
+        "client": ("127.0.0.1", 12345),
+        "server": ("testserver", 80),
+    }
 
 
 class Exchange:
@@ -20,20 +56,7 @@ class Exchange:
     """
 
     def __init__(self, application, path="/", *, method="GET", headers=(), send=None):
-        self.scope = {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.4"},
-            "http_version": "1.1",
-            "method": method,
-            "scheme": "http",
-            "path": path,
-            "raw_path": path.encode(),
-            "query_string": b"",
-            "root_path": "",
-            "headers": [(b"host", b"testserver"), *headers],
-            "client": ("127.0.0.1", 12345),
-            "server": ("testserver", 80),
-        }
+        self.scope = http_scope(path, method, headers)
         self.sent = []
         self._incoming = asyncio.Queue()
         self._incoming.put_nowait({"type": "http.request", "body": b"", "more_body": False})

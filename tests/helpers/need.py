@@ -1,5 +1,6 @@
 """A part that is missing on a laptop skips its tests and says how to get it; in CI it fails them."""
 
+import importlib.util
 import os
 
 import pytest
@@ -12,3 +13,7 @@ def need(condition, how):
     if os.environ.get("CI", "").lower() in ("1", "true", "yes"):
         pytest.fail(f"missing in CI: {how}", pytrace=False)
     pytest.skip(how)
+
+
+def need_module(name):
+    need(importlib.util.find_spec(name), f"{name}: `pip install {name}`")

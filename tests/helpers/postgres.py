@@ -11,8 +11,12 @@ from pathlib import Path
 
 import psycopg
 
+from tests.helpers.need import need
 from tests.helpers.process import Process
 from tests.helpers.wait import until
+
+HOW = "PostgreSQL: on Debian `apt-get install postgresql`, elsewhere https://www.postgresql.org/download/"
+DEBIAN = Path("/usr/lib/postgresql")  # keeps the programs off PATH, in a folder for each major version
 
 NAME = "census"  # of the user and of the database
 CONNECTIONS = 400  # at one time: more than any test opens, so that one that holds too many can be counted
@@ -32,14 +36,13 @@ os.execv(command[0], command)
 
 
 def find():
-    """Return the folder of PostgreSQL's programs, or None: `DJANGO_SSE_POSTGRES`, else PATH, else as Debian has it."""
-    named = os.environ.get("DJANGO_SSE_POSTGRES")
-    on_path = shutil.which("initdb")
-    # Debian keeps them off PATH, one folder for each major version.
-    debian = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda folder: float(folder.parent.name))
-    for folder in (named, on_path and Path(on_path).resolve().parent, *reversed(debian)):
-        if folder and all(os.access(Path(folder, program), os.X_OK) for program in ("initdb", "postgres")):
-            return Path(folder).resolve()
+    """Return the folder of the programs, or None: `DJANGO_SSE_POSTGRES` and PATH come before Debian's place."""
+    named = shutil.which(os.environ.get("DJANGO_SSE_POSTGRES", "postgres"))
+    debian = sorted(DEBIAN.glob("*/bin/postgres"), key=lambda program: float(program.parts[-3]), reverse=True)
+    for program in filter(None, (named, *debian)):
+        folder = Path(program).resolve().parent
+        if os.access(folder / "initdb", os.X_OK):
+            return folder
     return None
 
 
@@ -48,6 +51,7 @@ class PostgresServer:
 
     def __init__(self, programs=None):
         self.programs = programs or find()
+        need(self.programs, HOW)
         # Short, for the path of a Unix socket may have a hundred characters.
         self._directory = tempfile.TemporaryDirectory(prefix="django-sse-pg-")
         self._process = None

@@ -1,4 +1,8 @@
-"""Serve a WSGI application with gevent's own server: `python -m tests.helpers.pywsgi_main PORT MODULE:NAME`."""
+"""
+Serve a WSGI application with gevent's own server: `python -m tests.helpers.pywsgi_main PORT MODULE:NAME`.
+
+It is stopped as docs/stopping.rst has it.
+"""
 
 from gevent import monkey
 
@@ -8,7 +12,8 @@ import importlib  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 
-from gevent import pywsgi, signal_handler  # noqa: E402
+import gevent  # noqa: E402
+from gevent import pywsgi  # noqa: E402
 
 
 def main():
@@ -16,7 +21,8 @@ def main():
     module, _, name = target.partition(":")
     application = getattr(importlib.import_module(module), name)
     server = pywsgi.WSGIServer(("127.0.0.1", int(port)), application)
-    signal_handler(signal.SIGTERM, server.stop, 1)  # seconds that open requests are given
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *args: gevent.spawn(server.stop, 1))  # seconds that open requests are given
     server.serve_forever()
 
 

@@ -26,6 +26,7 @@ SYSCTLS = {
     # Milliseconds within which a second probe of a full window is not answered: a client that lives seemed to be gone.
     "tcp_invalid_ratelimit": 0,
 }
+PRIVATE = "root of a Linux, who may make a network in which the kernel soon gives a silent client up"
 
 
 class RawClient:

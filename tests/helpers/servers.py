@@ -5,7 +5,6 @@ The servers on which the package must work, each as a real process on a free por
         request("GET", server.url + "/ping")
 """
 
-import importlib.util
 import os
 import signal
 import sys
@@ -13,7 +12,7 @@ import uuid
 from pathlib import Path
 
 from tests.helpers.client import request
-from tests.helpers.need import need
+from tests.helpers.need import need_module
 from tests.helpers.process import Process, free_port
 from tests.helpers.wait import until
 
@@ -101,8 +100,7 @@ def serve(
     processes where the server has them; `threads` bounds the streams of gthread. The path `/ping` answers with a token
     that only this server knows; any other `ready` path may answer anything below 500.
     """
-    module = MODULE.get(name, name)
-    need(importlib.util.find_spec(module), f"{module}: `pip install {module}`")
+    need_module(MODULE.get(name, name))
     if workers != 1 and name in ("runserver", "pywsgi", "daphne"):
         raise ValueError(f"{name} has one process only")
     interface = "asgi" if name in ASGI_SERVERS else "wsgi"

@@ -14,7 +14,8 @@ from functools import partial
 import pytest
 
 from tests.helpers.client import StreamClient
-from tests.helpers.rawclient import RawClient, private_network
+from tests.helpers.need import need
+from tests.helpers.rawclient import PRIVATE, RawClient, private_network
 from tests.helpers.servers import ASGI_SERVERS, GEVENT_SERVERS, WSGI_SERVERS, serve
 from tests.helpers.wait import until
 from tests.servers.driver import Driver
@@ -190,8 +191,7 @@ def test_a_client_vanishes_without_a_packet(house, network):
     reason, more = "client", ["stock"]
     if not network:
         # Here the kernel would need a quarter of an hour.
-        if (house.name not in ASGI_SERVERS) or house.name == "daphne":
-            pytest.skip("needs root of a Linux, for a network in which the kernel gives a silent client up soon")
+        need((house.name, "plain") in WAITING, PRIVATE)
         mode, reason, more, nudge = "flood", "stalled", [], partial(house.tell, what="flood")
     with ExitStack() as stack:
         keys, clients = open_streams(house, mode, stack, *more)

@@ -53,13 +53,11 @@ def run():
 
 
 @pytest.fixture
-def start(serve, run, tmp_path):
+def start(serve, tmp_path):
     """Start a server whose streams write their ends to `tmp_path`."""
 
     def start(name, *, extra=(), env=None, **options):
         env = environment(tmp_path) | (env or {})
-        if name == "pywsgi":
-            return run(name, ["tests.servers.stopping_pywsgi"], env)
         if name == "hypercorn":
             options.setdefault("workers", 0)
         if name.startswith("gunicorn"):
@@ -218,10 +216,12 @@ def test_a_reload_of_the_development_server_ends_the_streams_at_once(run, tmp_pa
         crowd.wait_open()
         await_reload(crowd, touched)
         ended = min(member.ended_at for member in crowd.members if member.over)
-        check_goodbye(crowd, tmp_path / "ends")
+        crowd.wait_for(lambda members: all(member.over for member in members), 1, "the end of every stream")
         assert max(member.ended_at for member in crowd.members) - ended < 1
-    # Not by asking it: the old process goes on accepting while Python ends, which socketserver complains about.
-    until(lambda: server.log().count("Starting WSGI development server") == 2, what="the new process")
+        # Which is started when the old one is gone, and with it the last `finally`. Not by asking it: the old one goes
+        # on accepting while Python ends, which socketserver complains about.
+        until(lambda: server.log().count("Starting WSGI development server") == 2, what="the new process")
+        check_goodbye(crowd, tmp_path / "ends")
     until(lambda: answers(server), what="an answer of the new process")
     with crowd_of(server, 3) as crowd:
         crowd.wait_open()
