@@ -24,7 +24,19 @@ from .inbox import Mailbox, Mailboxes
 from .wire import Sse, comment
 from .workers import DONE, Workers, shared_loop
 
-__all__ = ["FEEDS", "HEARTBEAT", "LATE", "Chunk", "Feed", "InTask", "Source", "flush_sse", "has_own_iter", "running"]
+__all__ = [
+    "FEEDS",
+    "HEARTBEAT",
+    "LATE",
+    "Chunk",
+    "Feed",
+    "InTask",
+    "Mail",
+    "Source",
+    "flush_sse",
+    "has_own_iter",
+    "running",
+]
 
 log = logging.getLogger("django_sse")
 
@@ -52,9 +64,9 @@ class Source:
     """
 
     __slots__ = (
-        "_buffer",
         "_close",
         "buffer",
+        "detached",
         "first",
         "flush",
         "heartbeat",
@@ -85,7 +97,8 @@ class Source:
         self.buffer = buffer
         self.prepare = prepare or _nothing
         self.mailboxes = mailboxes or Mailboxes()
-        self._buffer: sse.Sse | None = None
+        #: The view's buffer, where the view was let go of.
+        self.detached: sse.Sse | None = None
         self._close: Callable[[], object] = getattr(iterator, "close", _nothing)
         #: Whether chunks leave as text, for code that edits them, or as bytes.
         self.text = True
@@ -116,14 +129,14 @@ class Source:
     def detach(self) -> None:
         """Let go of the view, and with it of the request, where only its buffer is needed."""
         if self.iterator is None and self.buffer is not None:
-            buffer = self._buffer = self.buffer()
+            buffer = self.detached = self.buffer()
             self.buffer = None
             self.flush = lambda value: flush_sse(buffer)
 
     def silence(self) -> Chunk:
         """Return a heartbeat, and what the view's buffer holds."""
         # The same bytes for all the idle clients of a process.
-        if self._buffer is not None and not self._buffer._buffer and not self.text:
+        if self.detached is not None and not self.detached._buffer and not self.text:
             return HEARTBEAT
         return self.frames([])
 
@@ -153,8 +166,10 @@ class Feed(Protocol):
     ended: str | None
     #: What the iterator has raised.
     error: BaseException | None
-    #: How many events, or steps that sent something, were taken.
-    events: int
+
+    @property
+    def events(self) -> int:
+        """How many events, or steps that sent something, were taken."""
 
     def ring_by(self, ring: Callable[[], None]) -> None:
         """Have ``ring`` called, by any thread, when there is something to take or the end has come."""
@@ -529,38 +544,40 @@ class _InLoop(InTask):
         self._loop.call_soon_threadsafe(self._begin)
 
 
-class _Mail:
+class Mail:
     """A mailbox."""
 
     def __init__(self, source: Source, workers: Workers) -> None:
         assert source.mailbox is not None, "a source without an iterator has a mailbox"
         self._source = source
-        self._mailbox = source.mailbox
+        self.mailbox = source.mailbox
         self.ended: str | None = None
         self.error: BaseException | None = None
-        self.events = 0
+
+    @property
+    def events(self) -> int:
+        return self.mailbox.events
 
     def ring_by(self, ring: Callable[[], None]) -> None:
-        self._mailbox.wake_by(ring)
+        self.mailbox.wake_by(ring)
 
     def take(self) -> Chunk | None:
         # The end first: what came before it may still be taken.
-        ended = self._mailbox.ended
-        taken = self._mailbox.take(max_bytes=CHUNK_BYTES)
+        ended = self.mailbox.ended
+        taken = self.mailbox.take(max_bytes=CHUNK_BYTES)
         if taken:
-            self.events += len(taken)
             return self._source.frames(taken)
         self.ended = ended
         return None
 
     def mark(self, *, slow: bool) -> None:
-        self._mailbox.mark(slow=slow)
+        self.mailbox.mark(slow=slow)
 
     def end(self, reason: str) -> None:
-        self._mailbox.close(reason)
+        self.mailbox.close(reason)
 
     def close(self, reason: str) -> None:
-        self._mailbox.close(reason)
+        self.mailbox.close(reason)
 
     def drop(self) -> None:
         """The mailbox sees to itself."""
@@ -592,5 +609,5 @@ FEEDS: dict[str, tuple[Callable[[Source, Workers], Feed], Callable[[Source, Work
     #           by a thread or greenlet (WSGI)   by an event loop (ASGI)
     "sync": (_Here, _InThread),
     "async": (_InLoop, InTask),
-    "mailbox": (_Mail, _Mail),
+    "mailbox": (Mail, Mail),
 }

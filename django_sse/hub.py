@@ -1,104 +1,235 @@
 """Who listens to what in this process, and what waits for each of them. Pure: no lock, no clock, no socket, no thread.
 
+Subscriptions to the same channels are one audience. What an audience gets stands once in its log, and each subscription
+is a place in it: to publish costs the same for ten clients and for ten thousand.
+
 The hub never waits and never calls out: every method says in its return value what its owner (``runtime``) has to do
 next. It is not thread-safe; one lock, held by the owner, guards the hub and all its subscriptions.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .event import Event
 
-__all__ = ["Hub", "Outcome", "Subscription"]
+__all__ = ["Audience", "Hub", "Outcome", "Subscription"]
+
+_NOTHING = Event("", "")
+
+
+class _Entry:
+    """A place in a log: the event that comes there, if it has come, and the way to the next.
+
+    Python frees the entries that no subscription has still to come to.
+    """
+
+    __slots__ = ("event", "frame", "next", "number", "size")
+
+    def __init__(self, number: int, size: int) -> None:
+        #: How many events, and bytes, the log has had before.
+        self.number = number
+        self.size = size
+        self.event = _NOTHING
+        self.frame = b""
+        self.next: _Entry | None = None
+
+    def fill(self, event: Event, frame: bytes) -> _Entry:
+        """Put the event here; return the place of the next."""
+        self.event, self.frame = event, frame
+        self.next = after = _Entry(self.number + 1, self.size + len(frame))
+        return after
 
 
 class Subscription:
     """One client's bounded mailbox.
 
-    ``max_events`` and ``max_bytes`` bound what waits in it. One event too many ends it (``ended == "overflow"``): what
+    The bounds of its audience bound what waits in it. One event too many ends it (``ended == "overflow"``): what
     waits may still be taken, nothing more comes, so a client never sees a gap without seeing the end.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_bytes",
-        "_max_bytes",
-        "_max_events",
-        "_waiting",
-        "channels",
-        "ended",
-        "prompt",
-        "slow",
-        "wake",
-    )
+    __slots__ = ("__weakref__", "_end", "_place", "_start", "audience", "ended", "prompt", "shared", "slow", "wake")
 
-    def __init__(self, channels: Iterable[str], *, max_events: int, max_bytes: int) -> None:
-        self.channels = tuple(dict.fromkeys(channels))
+    def __init__(self, audience: Audience) -> None:
+        self.audience = audience
         #: Why nothing more comes: ``None`` while it is open.
         self.ended: str | None = None
         #: Set by the owner for a client that does not take what waits; cleared when it has caught up.
         self.slow = False
         #: Set by a stream that says itself when its client is slow: otherwise it only waits for its turn.
         self.prompt = False
+        #: Whether it is rung for by one of the audience's bells, and not by itself.
+        self.shared = False
         #: Set by the stream: how the owner tells it that there is something to take.
         self.wake: Callable[[], None] | None = None
-        self._waiting: deque[tuple[Event, bytes]] = deque()
-        self._bytes = 0
-        self._max_events = max_events
-        self._max_bytes = max_bytes
+        # Where the next event is taken. An entry leads to all that comes after it, so none is held for longer.
+        self._place = audience.end
+        self._start = audience.end.number
+        # The end of what it still gets.
+        self._end: _Entry | None = None
 
-    def put(self, event: Event, frame: bytes) -> None:
-        """Let ``event``, encoded as ``frame``, wait; or end the subscription where it would wait beyond the bounds."""
-        if self.ended is not None:
-            return
-        # A single frame larger than the bound may wait alone: it could never be delivered otherwise.
-        if len(self._waiting) >= self._max_events or (self._waiting and self._bytes + len(frame) > self._max_bytes):
-            self.ended = "overflow"
-            return
-        self._waiting.append((event, frame))
-        self._bytes += len(frame)
+    @property
+    def channels(self) -> tuple[str, ...]:
+        return self.audience.channels
+
+    @property
+    def events(self) -> int:
+        """How many events were taken."""
+        return self._place.number - self._start
 
     def take(self, limit: int | None = None, max_bytes: int | None = None) -> list[tuple[Event, bytes]]:
         """Return what waits, oldest first: at most ``limit`` events, and no more after ``max_bytes`` bytes."""
-        waiting = self._waiting
-        if (limit is None or limit >= len(waiting)) and (max_bytes is None or max_bytes >= self._bytes):
-            taken = list(waiting)
-            waiting.clear()
-            self._bytes = 0
-        else:
-            taken, size = [], 0
-            while waiting and len(taken) != limit and (max_bytes is None or size < max_bytes):
-                taken.append(waiting.popleft())
-                size += len(taken[-1][1])
-            self._bytes -= size
-        # Only who comes in vain has caught up: a slow client, too, takes all that waits now and then.
-        if not taken and not waiting:
-            self.slow = False
+        taken: list[tuple[Event, bytes]] = []
+        place, size = self._place, 0
+        while place.next is not None and len(taken) != limit and (max_bytes is None or size < max_bytes):
+            taken.append((place.event, place.frame))
+            size += len(place.frame)
+            place = place.next
+        self._place = place
+        if place.next is None and self.ended is None:
+            if not self.shared:
+                self.audience.waiting[self] = None
+            # Only who comes in vain has caught up: a slow client, too, takes all that waits now and then.
+            if not taken:
+                self.slow = False
         return taken
 
-    def clear(self) -> None:
-        """Drop what waits: nobody will take it."""
-        self._waiting.clear()
-        self._bytes = 0
+    def end(self, reason: str, *, clear: bool = False) -> None:
+        """Let nothing more come; with ``clear`` what waits is dropped, too, for nobody will take it."""
+        self.ended = self.ended or reason
+        if self._end is None or clear:
+            # A log of its own: a place in the audience's would keep all that is published from now on.
+            entry = self._place
+            self._place = self._end = _Entry(entry.number, entry.size)
+            while entry.next is not None and not clear:
+                self._end = self._end.fill(entry.event, entry.frame)
+                entry = entry.next
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return (self._end or self.audience.end).number - self._place.number
 
     @property
     def crowded(self) -> bool:
         """Whether more than half of a bound is used."""
-        return 2 * len(self._waiting) > self._max_events or 2 * self._bytes > self._max_bytes
+        end = self._end or self.audience.end
+        return self.audience.is_crowded(end.number - self._place.number, end.size - self._place.size)
+
+
+class Audience:
+    """The subscriptions to the same channels, and the log of what they get.
+
+    ``max_events`` and ``max_bytes`` bound what waits for each of them.
+    """
+
+    def __init__(self, channels: tuple[str, ...], max_events: int, max_bytes: int) -> None:
+        self.channels = channels
+        self.max_events = max_events
+        self.max_bytes = max_bytes
+        # As ordered sets: clients are served in the order in which they came.
+        self.subscriptions: dict[Subscription, None] = {}
+        #: Those for which nothing waits.
+        self.waiting: dict[Subscription, None] = {}
+        #: Rung at every event, by whoever takes for several of them.
+        self.bells: dict[Callable[[], None], None] = {}
+        #: Where the next event will be.
+        self.end = _Entry(0, 0)
+        # No bound can be reached before the log has had so many events, or more bytes than that.
+        self._look_at_number = 0
+        self._look_at_size = 0
+
+    def is_crowded(self, events: int, size: int) -> bool:
+        """Whether ``events`` that wait, of ``size`` bytes, use more than half of a bound."""
+        return 2 * events > self.max_events or 2 * size > self.max_bytes
+
+    def put(self, event: Event, frame: bytes, outcome: Outcome) -> list[Subscription]:
+        """Add to the log; return the subscriptions that had ended, or end with this event."""
+        number, size = self.end.number + 1, self.end.size + len(frame)
+        gone = []
+        if number >= self._look_at_number or size > self._look_at_size:
+            gone = self._look(number, size, outcome)
+        self.end = self.end.fill(event, frame)
+        if self.waiting:
+            outcome.wake += [waiting.wake for waiting in self.waiting if waiting.wake and waiting.ended is None]
+            self.waiting.clear()
+        outcome.wake += self.bells
+        return gone
+
+    def look_again(self) -> None:
+        """Have all subscriptions looked at with the next event."""
+        self._look_at_number = 0
+
+    def _look(self, number: int, size: int, outcome: Outcome) -> list[Subscription]:
+        """Compare what waits with the bounds when the log comes to be so long; note when that is to be done again."""
+        gone = []
+        # A subscription that comes later, or has caught up, cannot be crowded before that.
+        next_number, next_size = number + self.max_events // 2, size + self.max_bytes // 2
+        for subscription in self.subscriptions:
+            place = subscription._place
+            events, waiting = number - place.number, size - place.size
+            if subscription.ended is not None:
+                subscription.end(subscription.ended, clear=True)
+                gone.append(subscription)
+                continue
+            # A single frame larger than the bound may wait alone: it could never be delivered otherwise.
+            if events > self.max_events or (events > 1 and waiting > self.max_bytes):
+                subscription.end("overflow")
+                gone.append(subscription)
+                continue
+            # Without a wake nobody takes anything yet, and nobody has to be waited for.
+            part = 1
+            if subscription.wake is not None and not subscription.slow:
+                part = 2
+                if self.is_crowded(events, waiting):
+                    outcome.crowded.append(subscription)
+                    next_number = number  # whatever its owner does about it will show
+            next_number = min(next_number, place.number + self.max_events // part)
+            next_size = min(next_size, place.size + self.max_bytes // part)
+        self._look_at_number, self._look_at_size = next_number + 1, next_size
+        return gone
+
+    def advance(self, subscriptions: Iterable[Subscription], max_bytes: int) -> tuple[list[bytes | None], bool]:
+        """Take for several: return for each what waits for it as one chunk, and whether more waits for one of them.
+
+        Those at the same place get the same bytes object, empty where nothing waits. ``None``: it has to come itself.
+        """
+        chunks: list[bytes | None] = []
+        # Mostly all are at one place.
+        known: _Entry | None = None
+        places: dict[_Entry, tuple[_Entry, bytes]] = {}
+        reached, chunk = self.end, b""
+        for subscription in subscriptions:
+            place = subscription._place
+            if place is not known:
+                known = place
+                if place not in places:
+                    places[place] = _joined(place, max_bytes)
+                reached, chunk = places[place]
+            if subscription.slow:
+                chunks.append(None)
+            else:
+                subscription._place = reached
+                chunks.append(chunk)
+        return chunks, any(reached.next is not None for reached, _ in places.values())
+
+
+def _joined(place: _Entry, max_bytes: int) -> tuple[_Entry, bytes]:
+    """Return the place behind the frames that make ``max_bytes``, and these frames as one."""
+    frames: list[bytes] = []
+    size = 0
+    while place.next is not None and size < max_bytes:
+        frames.append(place.frame)
+        size += len(place.frame)
+        place = place.next
+    return place, frames[0] if len(frames) == 1 else b"".join(frames)
 
 
 @dataclass(slots=True)
 class Outcome:
     """What follows from one published event."""
 
-    #: Subscriptions that had nothing to take before, and now have an event.
-    wake: list[Subscription] = field(default_factory=list)
+    #: What is to be called: some have something to take now, and had not before.
+    wake: list[Callable[[], None]] = field(default_factory=list)
     #: Subscriptions that are filling up although their client was not slow until now.
     crowded: list[Subscription] = field(default_factory=list)
     #: Subscriptions that overflowed just now and are no longer registered.
@@ -108,49 +239,56 @@ class Outcome:
 
 
 class Hub:
-    """The registry: channels to subscriptions."""
+    """The registry: channels to audiences."""
 
     def __init__(self) -> None:
-        # A dict as an ordered set: clients are served in the order in which they came.
-        self._channels: dict[str, dict[Subscription, None]] = {}
+        self._channels: dict[str, dict[Audience, None]] = {}
+        self._audiences: dict[tuple[tuple[str, ...], int, int], Audience] = {}
 
-    def add(self, subscription: Subscription) -> list[str]:
-        """Register ``subscription``; return the channels that have their first listener with it."""
+    def subscribe(
+        self, channels: Iterable[str], *, max_events: int, max_bytes: int
+    ) -> tuple[Subscription, Sequence[str]]:
+        """Register a subscription; return it, and the channels that have their first listener with it."""
+        names = tuple(dict.fromkeys(channels))
+        key = names, max_events, max_bytes
+        audience = self._audiences.get(key)
         first = []
-        for channel in subscription.channels:
-            if channel not in self._channels:
-                self._channels[channel] = {}
-                first.append(channel)
-            self._channels[channel][subscription] = None
-        return first
+        if audience is None:
+            audience = self._audiences[key] = Audience(*key)
+            for channel in names:
+                if channel not in self._channels:
+                    self._channels[channel] = {}
+                    first.append(channel)
+                self._channels[channel][audience] = None
+        subscription = Subscription(audience)
+        audience.subscriptions[subscription] = audience.waiting[subscription] = None
+        return subscription, first
 
     def remove(self, subscription: Subscription) -> list[str]:
         """Forget ``subscription``, known or not; return the channels that lost their last listener with it."""
+        subscription.end("removed")
+        audience = subscription.audience
+        audience.waiting.pop(subscription, None)
+        if subscription not in audience.subscriptions:
+            return []
+        del audience.subscriptions[subscription]
         idle = []
-        for channel in subscription.channels:
-            listeners = self._channels.get(channel)
-            if listeners is not None and subscription in listeners:
-                del listeners[subscription]
-                if not listeners:
+        if not audience.subscriptions:
+            del self._audiences[audience.channels, audience.max_events, audience.max_bytes]
+            for channel in audience.channels:
+                audiences = self._channels[channel]
+                del audiences[audience]
+                if not audiences:
                     del self._channels[channel]
                     idle.append(channel)
         return idle
 
     def publish(self, channel: str, event: Event, frame: bytes) -> Outcome:
-        """Put ``event``, encoded as ``frame``, into the mailbox of every listener of ``channel``."""
+        """Let ``event``, encoded as ``frame``, wait for every listener of ``channel``."""
         outcome = Outcome()
-        gone = []
-        for subscription in self._channels.get(channel, ()):
-            was_idle = len(subscription) == 0
-            subscription.put(event, frame)
-            if subscription.ended is not None:
-                gone.append(subscription)
-                continue
-            if was_idle:
-                outcome.wake.append(subscription)
-            # Without a wake nobody takes anything yet, and nobody has to be waited for.
-            if subscription.wake is not None and not subscription.slow and subscription.crowded:
-                outcome.crowded.append(subscription)
+        gone: list[Subscription] = []
+        for audience in self._channels.get(channel, ()):
+            gone += audience.put(event, frame, outcome)
         for subscription in gone:
             # Others were abandoned by their stream, or never claimed: nobody is there to be told.
             if subscription.ended == "overflow" and subscription.wake is not None:
@@ -166,4 +304,4 @@ class Hub:
     @property
     def subscriptions(self) -> set[Subscription]:
         """The registered subscriptions."""
-        return {subscription for listeners in self._channels.values() for subscription in listeners}
+        return {subscription for audience in self._audiences.values() for subscription in audience.subscriptions}

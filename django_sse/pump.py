@@ -1,23 +1,26 @@
 """Delivers streams outside of Django's handler: one task for all clients of an event loop, not one for each.
 
-A ``send()`` of the server that finishes at once, as almost all do, is done within the pump's own step; one that has to
-wait for a slow client goes on as a task, and holds up nobody. Time (heartbeats, age, clients that do not read) is
-looked at where it may have come, and not by a timer for each client.
+A ``send()`` of the server that finishes at once, as almost all do, is one step of the pump's task. One that has to wait
+for a slow client keeps that task for itself, and another one goes on with the others. What is sent to the listeners
+of the same channels is taken, and made into a message, once for all of them. Time (heartbeats, age, clients that do
+not read) is looked at where it may have come, and not by a timer for each client.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
-import inspect
 import logging
 import time
+import types
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from itertools import islice
+from operator import length_hint
 from typing import Any, ClassVar
 
-from .feeds import HEARTBEAT
-from .inbox import LoopBell
+from .feeds import CHUNK_BYTES, HEARTBEAT
+from .inbox import LoopBell, Mailbox
 from .streams import Stream
 
 __all__ = ["Delivery"]
@@ -36,11 +39,13 @@ SLOW = 0.05
 GONE = 1.0
 #: Seconds between two looks at a client for which nothing is timed.
 LONGEST = 60.0
-#: Whether a task can make its first step at once.
-_EAGER: Any = {"eager_start": True} if hasattr(asyncio, "eager_task_factory") else {}
 #: One for all clients: servers read a message and do not change it.
 _HEARTBEAT = {"type": "http.response.body", "body": HEARTBEAT, "more_body": True}
 _END = {"type": "http.response.body", "body": b"", "more_body": False}
+
+Send = Callable[[Any], Awaitable[None]]
+#: What is to be called and awaited, and with which argument.
+_Task = tuple[Callable[[Any], Awaitable[None]], Any]
 
 
 class Delivery(LoopBell):
@@ -50,46 +55,49 @@ class Delivery(LoopBell):
         "_app",
         "_blocked",
         "_blocked_since",
-        "_context",
         "_ended",
-        "_gone",
-        "_heartbeat",
         "_interval",
         "_is_slow",
-        "_last_sent",
         "_over",
         "_pump",
         "_receiving",
-        "_send",
         "_stream",
-        "_too_old",
         "_unwound",
+        "buffer",
+        "context",
+        "last_sent",
+        "mailbox",
+        "send",
+        "shared_bytes",
+        "takes",
     )
 
-    def __init__(self, stream: Stream, send: Callable[[Any], Awaitable[None]]) -> None:
+    def __init__(self, stream: Stream, send: Send) -> None:
         super().__init__()
         self._stream = stream
-        self._send = send
+        self.send = send
         self._pump: _Pump
-        # What stands around the server's send(), tracing for instance, may keep things of its request in it.
-        self._context = contextvars.copy_context()
-        #: The task of a ``send()`` that waits for the client, and since when it does.
+        #: What stands around the server's send(), tracing for instance, may keep things of its request in it.
+        self.context = contextvars.copy_context()
+        #: What it gets as others get it, once it has had all that was its own, and what may come to be its own later.
+        self.mailbox: Mailbox | None = None
+        self.buffer: Any = None
+        #: Bytes that were sent to it as to others.
+        self.shared_bytes = 0
+        # The task of a ``send()`` that waits for the client, and since when it does.
         self._blocked: asyncio.Task[None] | None = None
         self._blocked_since = 0.0
         self._is_slow = False
-        self._last_sent = time.monotonic()
-        self._heartbeat = stream.heartbeat
-        self._too_old: float | None = None
-        #: Seconds between two looks at the clock at most.
+        self.last_sent = time.monotonic()
+        # Seconds between two looks at the clock at most.
         self._interval = min(stream.stall_timeout or LONGEST, stream.heartbeat or LONGEST)
-        #: Whether the iterator has finished, or had its time.
+        # Whether the iterator has finished, or had its time.
         self._unwound = False
-        #: Whether the end of the response is sent.
+        # Whether the end of the response is sent.
         self._ended = False
-        #: Whether nothing is sent any more.
         self._over = False
-        #: Whether the client has left, as far as sending tells.
-        self._gone = False
+        #: Whether it can be sent something now: it has taken the last, and has not left as far as sending tells.
+        self.takes = True
         self._app: asyncio.Task[Any] | None = None
         self._receiving = False
 
@@ -98,7 +106,6 @@ class Delivery(LoopBell):
         stream = self._stream
         try:
             await stream.begin_on_loop()
-            self._too_old = stream.too_old
             self._app = asyncio.current_task()
             self._pump = _Pump.of_running_loop()
             self._pump.add(self)
@@ -109,11 +116,12 @@ class Delivery(LoopBell):
             finally:
                 self._pump.remove(self)
         finally:
-            self._over = True
+            self._stop()
             if self._blocked is not None:
                 self._blocked.cancel()
+            stream.count(self.shared_bytes)
             # The pump may know this delivery until the next look at its clock.
-            del self._app, self._context, self._send, self._stream
+            del self._app, self._stream, self.buffer, self.context, self.mailbox, self.send
             stream.shut()
             await stream.settle_on_loop()
             await stream.unwound()
@@ -136,8 +144,12 @@ class Delivery(LoopBell):
             finally:
                 self._receiving = False
 
-    def _finish(self) -> None:
+    def _stop(self) -> None:
         self._over = True
+        self.takes = False
+
+    def _finish(self) -> None:
+        self._stop()
         if self._receiving and self._app is not None:
             self._app.cancel()
 
@@ -145,106 +157,119 @@ class Delivery(LoopBell):
         """Have the stream looked at."""
         self._pump.ready(self)
 
-    def turn(self) -> None:
-        """Send all that there is, as far as the client takes it."""
+    def next(self) -> _Task | None:
+        """Return what to do next: what to call, with which argument, to be awaited; ``None`` where there is nothing."""
         self.clear()
-        while self._blocked is None and not (self._over or self._gone):
-            if self._ended:
-                self._finish()
-                return
-            chunk = self._stream.take()
-            if chunk is not None:
-                self._give(chunk, time.monotonic())
-            elif not self._stream.over:
-                return
-            elif not self._unwound:
-                # Some servers stop as soon as the last response has ended, whatever its iterator still does.
-                self._unwound = True
-                self._await(self._stream.unwound(), time.monotonic())
-            else:
-                self._ended = True
-                self._step(_END, time.monotonic())
+        if not self.takes:
+            return None
+        if self._ended:
+            self._finish()
+            return None
+        chunk = self._stream.take()
+        if chunk is None and self.mailbox is None and self._share():
+            chunk = self._stream.take()  # what came just before
+        if chunk is not None:
+            return self._sending(chunk, time.monotonic())
+        if not self._stream.over:
+            return None
+        if not self._unwound:
+            # Some servers stop as soon as the last response has ended, whatever its iterator still does.
+            self._unwound = True
+            return self._unwind, None
+        self._ended = True
+        return self.send, _END
 
-    def _give(self, chunk: Any, now: float) -> None:
+    def _unwind(self, nothing: None) -> Awaitable[None]:
+        return self._stream.unwound()
+
+    def _share(self) -> bool:
+        mailbox = None if self._stream.over else self._stream.mailbox
+        if mailbox is None:
+            return False
+        self.mailbox, self.buffer = mailbox, self._stream.buffer
+        self._pump.share(self, mailbox)
+        return True
+
+    def _sending(self, chunk: Any, now: float) -> _Task:
+        self.last_sent = now
         if chunk is HEARTBEAT:
-            self._step(_HEARTBEAT, now)
-        else:
-            self._step({"type": "http.response.body", "body": chunk, "more_body": True}, now)
+            return self.send, _HEARTBEAT
+        return self.send, {"type": "http.response.body", "body": chunk, "more_body": True}
 
-    def _step(self, message: dict[str, Any], now: float) -> None:
-        self._last_sent = now
-        self._await(self._send(message), now)
+    def blocks(self) -> None:
+        """Hear that the running task has to wait for the client."""
+        self._blocked, self._blocked_since = asyncio.current_task(), time.monotonic()
+        self.takes = False
+        self._pump.waits(self)
 
-    def _await(self, awaitable: Awaitable[None], now: float) -> None:
-        task = _begin(awaitable, self._context)
-        if task.done():
-            self._sent(task)
-        else:
-            self._blocked, self._blocked_since = task, now
-            self._pump.waits(self)
-            task.add_done_callback(self._unblocked)
-
-    def _unblocked(self, task: asyncio.Task[None]) -> None:
+    async def wait_for_client(self, sending: Coroutine[Any, Any, None], waits_for: Any) -> None:
+        """Wait for the client as long as ``sending``, which has begun to wait for ``waits_for``, has to."""
+        error: BaseException | None = None
+        try:
+            await _finish(self.context, sending, waits_for)
+        except (Exception, asyncio.CancelledError) as raised:  # noqa: BLE001  # whatever it is, it is this client's
+            error = raised
         self._blocked = None
-        self._last_sent = time.monotonic()
-        if self._is_slow and not self._over:
+        self.last_sent = time.monotonic()
+        if self.over():
+            return
+        self.takes = True
+        if self._is_slow:
             self._is_slow = False
             self._stream.mark(slow=False)
-        self._sent(task)
+        if error is not None:
+            self.failed(error)
         self._pump.ready(self)
 
     def look_whether_slow(self, now: float) -> bool:
         """Say of a client that waits for longer than ``SLOW`` that it is slow; return whether that is settled."""
-        if self._blocked is None or self._over:
+        if self._blocked is None or self.over():
             return True
         if now >= self._blocked_since + SLOW:
             self._is_slow = True
             self._stream.mark(slow=True)
         return self._is_slow
 
-    def _sent(self, task: asyncio.Task[None]) -> None:
-        # Cancelled by the server, for by us it is only when all is over.
-        error = None if task.cancelled() else task.exception()
-        # An OSError says that the client has left (ASGI HTTP, "Disconnected client - send exception"); uvloop says so
-        # with a RuntimeError.
-        if task.cancelled() or isinstance(error, (OSError, RuntimeError)):
-            self._leave()
-        elif error is not None:
+    def failed(self, error: BaseException) -> None:
+        """Hear what a ``send()`` has raised."""
+        # Cancelled by the server, for by us it is only when all is over. An OSError says that the client has left
+        # (ASGI HTTP, "Disconnected client - send exception"); uvloop says so with a RuntimeError.
+        if isinstance(error, (OSError, RuntimeError, asyncio.CancelledError)):
+            # Soon the server will know it, too. Before that it would take our leaving for a mistake.
+            self.takes = False
+            self._stream.mark(slow=True)
+            asyncio.get_running_loop().call_later(GONE, self._finish)
+        else:
             self.fail(error)
-
-    def _leave(self) -> None:
-        # Soon the server will know it, too. Before that it would take our leaving for a mistake.
-        self._gone = True
-        asyncio.get_running_loop().call_later(GONE, self._finish)
 
     def fail(self, error: BaseException) -> None:
         """End the stream for an error that is not its iterator's."""
-        if not self._over:
+        if not self.over():
             log.error("A stream could not be delivered", exc_info=error)
             self._stream.shut("error")
             self._finish()
 
-    def look(self, now: float) -> float:
-        """Do what the clock demands; return when to look again."""
+    def look(self, now: float) -> tuple[float, _Task | None]:
+        """Do what the clock demands; return when to look again, and what to do like that of ``next()``."""
         again = now + self._interval
         if self._blocked is not None:
-            return self._look_at_blocked(now, again)
-        if self._ended or self._over or self._gone:
-            return again
-        if self._too_old is not None:
-            if now >= self._too_old:
-                self._stream.end("max_age")
-            again = min(again, self._too_old)
-        heartbeat = self._heartbeat
-        if heartbeat is not None:
-            due = self._last_sent + heartbeat
-            if now >= due:
-                chunk = self._stream.silence()
-                if chunk:
-                    self._give(chunk, now)
-                due = now + heartbeat
-            again = min(again, due)
-        return again
+            return self._look_at_blocked(now, again), None
+        if self._ended or not self.takes:
+            return again, None
+        stream = self._stream
+        if stream.too_old is not None:
+            if now >= stream.too_old:
+                stream.end("max_age")
+            again = min(again, stream.too_old)
+        heartbeat = stream.heartbeat
+        if heartbeat is None:
+            return again, None
+        due = self.last_sent + heartbeat
+        if now < due:
+            return min(again, due), None
+        again = min(again, now + heartbeat)
+        chunk = stream.silence()
+        return again, self._sending(chunk, now) if chunk else None
 
     def _look_at_blocked(self, now: float, again: float) -> float:
         patience = self._stream.stall_timeout
@@ -256,17 +281,77 @@ class Delivery(LoopBell):
         return min(again, self._blocked_since + patience)
 
 
-def _begin(sending: Awaitable[None], context: contextvars.Context) -> asyncio.Task[None]:
-    """Return a task of ``sending`` that has made its first step; before Python 3.12, one that makes it soon."""
-    coroutine = sending if inspect.iscoroutine(sending) else _wait_for(sending)
-    loop = asyncio.get_running_loop()
-    if _EAGER:
-        return asyncio.Task(coroutine, loop=loop, context=context, **_EAGER)
-    return context.run(loop.create_task, coroutine)
+@types.coroutine
+def _finish(
+    context: contextvars.Context, sending: Coroutine[Any, Any, None], waits_for: Any
+) -> Generator[Any, Any, None]:
+    """Do for the task that awaits this what it would do for ``sending``, but in ``context``."""
+    while True:
+        try:
+            try:
+                result = yield waits_for
+            except BaseException as error:  # noqa: BLE001  # whatever it is, it is meant for ``sending``
+                waits_for = context.run(sending.throw, error)
+            else:
+                waits_for = context.run(sending.send, result)
+        except StopIteration:
+            return
+
+
+def _begin(call: Callable[[Any], Awaitable[None]], argument: Any) -> tuple[Coroutine[Any, Any, None], Any]:
+    """Make the first step; return what to go on with, and what it waits for. ``StopIteration``: it is over."""
+    sending = call(argument)
+    if type(sending) is not types.CoroutineType:
+        sending = _wait_for(sending)
+    return sending, sending.send(None)
 
 
 async def _wait_for(sending: Awaitable[None]) -> None:
     await sending
+
+
+class _Share(LoopBell):
+    """The deliveries of one event loop that get the same events."""
+
+    __slots__ = ("_again", "_left", "_pump", "members")
+
+    def __init__(self, pump: _Pump) -> None:
+        super().__init__()
+        self._pump = pump
+        self.members: dict[Delivery, None] = {}
+        # Those that are still to be served in the round that is under way, and whether another one follows it.
+        self._left: Iterator[Delivery] | None = None
+        self._again = False
+
+    def ring(self) -> None:
+        if not self.rung:
+            super().ring()
+
+    def answer(self) -> None:
+        """Have the deliveries served: all of them, from the first."""
+        self.clear()
+        if self._left is None:
+            self._left = iter(list(self.members))
+            self._pump.begin(self)
+        else:
+            self._again = True
+
+    def batch(self) -> list[Delivery]:
+        """Return those that are to be served next."""
+        assert self._left is not None, "it was rung for"
+        return list(islice(self._left, BATCH))
+
+    def goes_on(self, *, more: bool) -> bool:
+        """Return whether some are still to be served; all of them once more, if there is ``more``."""
+        self._again = self._again or more
+        if length_hint(self._left) == 0:
+            self._left = iter(list(self.members)) if self._again else None
+            self._again = False
+        return self._left is not None
+
+
+#: For whom something is to be called and awaited, what, and with which argument. For nobody: let others have the loop.
+_Turn = tuple[Delivery | None, Any, Any]
 
 
 class _Pump:
@@ -277,11 +362,14 @@ class _Pump:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._deliveries: set[Delivery] = set()
+        self._shares: dict[Any, _Share] = {}
+        # What there is to do: deliveries to be looked at, shares to be served, deliveries whose time may have come.
         self._ready: deque[Delivery] = deque()
-        # Those whose time may have come.
+        self._rung: deque[_Share] = deque()
         self._timed: deque[Delivery] = deque()
         # Those that have begun to wait for their client, which may turn out to be slow.
         self._waiting: set[Delivery] = set()
+        self._turns = self._take_turns()
         self._sleep: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle
@@ -297,6 +385,8 @@ class _Pump:
             pump = cls._pumps[loop] = cls(loop)
         return pump
 
+    # -- what there is to do --------------------------------------------------------------------------------------
+
     def add(self, delivery: Delivery) -> None:
         self._deliveries.add(delivery)
         if self._task is None:
@@ -306,13 +396,10 @@ class _Pump:
         self.ready(delivery)
         self._look_later(delivery, time.monotonic())
 
-    def _start(self) -> None:
-        self._timer = self._loop.call_later(TICK, self._look)
-        self._task = self._loop.create_task(self._run())
-        self._task.add_done_callback(self._stop)  # also if it is cancelled before it runs
-
     def remove(self, delivery: Delivery) -> None:
         self._deliveries.discard(delivery)
+        if delivery.mailbox is not None:
+            self._unshare(delivery, delivery.mailbox)
         if not self._deliveries:
             self._wake()
 
@@ -325,70 +412,179 @@ class _Pump:
         """Hear that ``delivery`` waits for its client."""
         self._waiting.add(delivery)
 
+    def share(self, delivery: Delivery, mailbox: Mailbox) -> None:
+        """Serve ``delivery`` together with others from now on."""
+        share = self._shares.get(mailbox.audience)
+        if share is None:
+            share = self._shares[mailbox.audience] = _Share(self)
+        share.members[delivery] = None
+        mailbox.share(share.ring)
+
+    def _unshare(self, delivery: Delivery, mailbox: Mailbox) -> None:
+        share = self._shares[mailbox.audience]
+        del share.members[delivery]
+        if not share.members:
+            del self._shares[mailbox.audience]
+            mailbox.unshare(share.ring)
+
+    def begin(self, share: _Share) -> None:
+        """Serve the members of ``share``."""
+        self._rung.append(share)
+        self._wake()
+
     def _wake(self) -> None:
         if self._sleep is not None and not self._sleep.done():
             self._sleep.set_result(None)
 
-    async def _run(self) -> None:
-        try:
-            while self._deliveries:
-                while self._ready or self._timed:
-                    for _ in range(min(BATCH, len(self._ready))):
-                        self._serve(self._ready.popleft())
-                    self._look_at_some()
-                    await asyncio.sleep(0)
-                if self._deliveries:
-                    self._sleep = self._loop.create_future()
-                    await self._sleep
-                    self._sleep = None
-        finally:
-            self._stop()
-
-    def _stop(self, task: object = None) -> None:
-        # The pump holds the loop, so nobody may hold the pump when there is nothing to do, or the loop ends.
-        if self._task is not None and task in (None, self._task):
-            self._task = None
-            self._timer.cancel()
-            self._due.clear()
-            self._pumps.pop(self._loop, None)
-
-    @staticmethod
-    def _serve(delivery: Delivery) -> None:
-        try:
-            delivery.turn()
-        except Exception as error:  # noqa: BLE001  # whatever it is, it is no reason to leave the others
-            delivery.fail(error)
-
     def _look(self) -> None:
-        tick = _tick_of(time.monotonic())
+        now = time.monotonic()
+        tick = _tick_of(now)
         for slot in range(self._seen + 1, tick + 1):
             self._timed.extend(self._due.pop(slot, ()))
         self._seen = tick
         if self._timed:
             self._wake()
-        now = time.monotonic()
         self._waiting = {delivery for delivery in self._waiting if not delivery.look_whether_slow(now)}
         self._timer = self._loop.call_later(TICK, self._look)
 
-    def _look_at_some(self) -> None:
-        now = time.monotonic()
-        left = BATCH
-        while left > 0 and self._timed:
-            delivery = self._timed.popleft()
-            if delivery in self._deliveries:
-                self._look_at(delivery, now)
-                left -= END_COST if delivery.over() else 1
+    def _look_later(self, delivery: Delivery, at: float) -> None:
+        self._due.setdefault(max(_tick_of(at), self._seen) + 1, []).append(delivery)
 
-    def _look_at(self, delivery: Delivery, now: float) -> None:
+    # -- who does it ----------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._timer = self._loop.call_later(TICK, self._look)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        self._task = self._loop.create_task(self._run())
+        self._task.add_done_callback(self._stop)  # also if it is cancelled before it runs
+
+    async def _run(self) -> None:
         try:
-            again = delivery.look(now)
+            await self._work()
+        except Exception:  # a mistake of ours: it must not be the end of all streams
+            log.exception("A stream could not be delivered")
+            self._turns = self._take_turns()
+            self._go_on()
+        finally:
+            self._stop(asyncio.current_task())
+
+    async def _work(self) -> None:
+        for delivery, call, argument in self._turns:
+            if delivery is None:
+                if await self._rest():
+                    continue
+                return
+            try:
+                sending, waits_for = delivery.context.run(_begin, call, argument)
+            except StopIteration:
+                continue
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # whatever it is, it is this client's
+                delivery.failed(error)
+                continue
+            # What ``sending`` has opened, a timeout for instance, belongs to the task that it has begun in.
+            delivery.blocks()
+            self._go_on()
+            await delivery.wait_for_client(sending, waits_for)
+            return
+
+    async def _rest(self) -> bool:
+        """Let others have the loop; return whether there is anybody to go on for."""
+        if self._ready or self._rung or self._timed:
+            await asyncio.sleep(0)
+        elif self._deliveries:
+            self._sleep = self._loop.create_future()
+            await self._sleep
+            self._sleep = None
+        return bool(self._deliveries)
+
+    def _stop(self, task: asyncio.Task[None] | None) -> None:
+        # The pump holds the loop, so nobody may hold the pump when there is nothing to do, or the loop ends.
+        if task is self._task:
+            self._task = None
+            self._timer.cancel()
+            self._due.clear()
+            self._pumps.pop(self._loop, None)
+
+    def _take_turns(self) -> Iterator[_Turn]:
+        """Give what is to be sent next, for ever. Whichever task asks goes on where the last one stopped."""
+        while True:
+            left = BATCH
+            while left > 0 and (self._ready or self._rung or self._timed):
+                # No delivery is held by this frame, which lasts.
+                if self._rung:
+                    left -= yield from self._serve(self._rung.popleft())
+                for _ in range(min(BATCH, len(self._ready))):
+                    yield from self._send_all(self._ready.popleft())
+                    left -= 1
+                while self._timed and left > 0:
+                    left -= yield from self._look_at(self._timed.popleft())
+            yield None, None, None
+
+    def _serve(self, share: _Share) -> Generator[_Turn, None, int]:
+        """Serve some members of ``share``; return how many."""
+        batch = share.batch()
+        more = False
+        try:
+            more = yield from self._send_alike(batch)
+        finally:
+            if share.goes_on(more=more):
+                self._rung.append(share)
+        return len(batch)
+
+    def _send_alike(self, batch: list[Delivery]) -> Generator[_Turn, None, bool]:
+        """Send to each what waits for it; return whether more waits."""
+        several = [delivery for delivery in batch if delivery.takes and not delivery.buffer._buffer]
+        if len(several) < len(batch):
+            self._ready.extend(delivery for delivery in batch if delivery.takes and delivery.buffer._buffer)
+        if not several:
+            return False
+        mailboxes: list[Any] = [delivery.mailbox for delivery in several]
+        taken_alike: tuple[list[bytes | None], bool] = mailboxes[0].take_alike(mailboxes, CHUNK_BYTES)
+        chunks, more = taken_alike
+        now = time.monotonic()
+        chunk: bytes | None = b""
+        size = 0
+        message: dict[str, Any] = {}
+        for delivery, taken in zip(several, chunks, strict=True):
+            if taken is not chunk:
+                # One message for all that get the same.
+                chunk, size = taken, len(taken or b"")
+                message = {"type": "http.response.body", "body": taken, "more_body": True}
+            if taken is None:
+                self._ready.append(delivery)
+            elif size and delivery.takes:
+                delivery.last_sent = now
+                delivery.shared_bytes += size
+                yield delivery, delivery.send, message
+        return more
+
+    @staticmethod
+    def _send_all(delivery: Delivery) -> Iterator[_Turn]:
+        while True:
+            try:
+                task = delivery.next()
+            except Exception as error:  # noqa: BLE001  # whatever it is, it is no reason to leave the others
+                delivery.fail(error)
+                return
+            if task is None:
+                return
+            yield delivery, *task
+
+    def _look_at(self, delivery: Delivery) -> Generator[_Turn, None, int]:
+        """Have ``delivery`` do what the clock demands; return for how many it counts."""
+        if delivery not in self._deliveries:
+            return 0
+        try:
+            again, task = delivery.look(time.monotonic())
         except Exception as error:  # noqa: BLE001  # whatever it is, it is no reason to leave the others
             delivery.fail(error)
         else:
             self._look_later(delivery, again)
-
-    def _look_later(self, delivery: Delivery, at: float) -> None:
-        self._due.setdefault(max(_tick_of(at), self._seen) + 1, []).append(delivery)
+            if task is not None:
+                yield delivery, *task
+        return END_COST if delivery.over() else 1
 
 
 def _tick_of(at: float) -> int:

@@ -13,14 +13,14 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 from django.core.signals import setting_changed
 
 from .brokers.base import Broker, Payload
 from .event import Event, decode_payload
-from .hub import Hub, Subscription
+from .hub import Audience, Hub, Subscription
 from .wire import encode
 
 __all__ = ["Listener", "Runtime", "get", "reset"]
@@ -58,12 +58,17 @@ class Runtime:
         Waits for the broker for at most ``timeout`` seconds. Raises ``BrokerUnavailable``; nothing is left behind then.
         """
         self._reap()
-        listener = Listener(self, Subscription(channels, max_events=max_events, max_bytes=max_bytes))
-        try:
-            with self._lock:
-                for channel in self._hub.add(listener.subscription):
+        with self._lock:
+            subscription, first = self._hub.subscribe(channels, max_events=max_events, max_bytes=max_bytes)
+            listener = Listener(self, subscription)
+            try:
+                for channel in first:
                     self.broker.subscribe(channel)
-            self.broker.wait_subscribed(listener.subscription.channels, timeout)
+            except BaseException:
+                self._end(subscription, "error")
+                raise
+        try:
+            self.broker.wait_subscribed(subscription.channels, timeout)
         except BaseException:
             listener.close()
             raise
@@ -72,7 +77,7 @@ class Runtime:
     def deliver(self, batch: Iterable[tuple[str, Payload]]) -> None:
         """Decode and encode each payload once, and put it into the mailboxes of its channel. For the broker."""
         self._reap()
-        wake: set[Subscription] = set()
+        wake: dict[Callable[[], None], None] = {}
         for channel, payload in batch:
             try:
                 event = decode_payload(payload)
@@ -88,14 +93,14 @@ class Runtime:
                     self.broker.unsubscribe(idle)
                 self._crowded.update(outcome.crowded)
                 self._crowded.difference_update(outcome.overflowed)
-            wake.update(outcome.wake)
+            wake.update(dict.fromkeys(outcome.wake))
             if outcome.overflowed:
                 log.warning(
                     "%d stream(s) on channel %r are ended: overflow; their clients do not take their events.",
                     len(outcome.overflowed),
                     channel,
                 )
-                wake.update(outcome.overflowed)
+                wake.update((ended.wake, None) for ended in outcome.overflowed if ended.wake is not None)
             if self._crowded:
                 _ring(wake)
                 wake.clear()
@@ -108,15 +113,49 @@ class Runtime:
         """Return what waits for ``subscription``: at most ``limit`` events, and no more after ``max_bytes``."""
         with self._lock:
             taken = subscription.take(limit, max_bytes)
+            if self._crowded:
+                self._calm_down((subscription,))
+            return taken
+
+    def _calm_down(self, subscriptions: Iterable[Subscription]) -> None:
+        before = len(self._crowded)
+        for subscription in subscriptions:
             if subscription in self._crowded and not subscription.crowded:
                 self._crowded.discard(subscription)
-                self._calm.notify_all()
+        if len(self._crowded) < before:
+            self._calm.notify_all()
+
+    def claim(self, subscription: Subscription, wake: Callable[[], None]) -> None:
+        """Have ``wake`` called, by any thread, when there is something to take or the end has come."""
+        with self._lock:
+            subscription.wake = wake
+            subscription.audience.look_again()
+
+    def take_alike(self, subscriptions: Sequence[Subscription], max_bytes: int) -> tuple[list[bytes | None], bool]:
+        """Take for several of one audience what ``Audience.advance()`` gives."""
+        with self._lock:
+            taken = subscriptions[0].audience.advance(subscriptions, max_bytes)
+            if self._crowded:
+                self._calm_down(subscriptions)
             return taken
+
+    def share(self, subscription: Subscription, ring: Callable[[], None]) -> None:
+        """Have ``ring`` called, by any thread, at every event of the audience of ``subscription``."""
+        with self._lock:
+            subscription.shared = True
+            subscription.audience.waiting.pop(subscription, None)
+            subscription.audience.bells[ring] = None
+
+    def unshare(self, audience: Audience, ring: Callable[[], None]) -> None:
+        """Call ``ring`` no more."""
+        with self._lock:
+            audience.bells.pop(ring, None)
 
     def mark(self, subscription: Subscription, *, slow: bool) -> None:
         """Say of a ``prompt`` subscription whether its client takes what it is sent."""
         with self._lock:
             subscription.slow = slow
+            subscription.audience.look_again()
             if slow and subscription in self._crowded:
                 self._crowded.discard(subscription)
                 self._calm.notify_all()
@@ -124,15 +163,17 @@ class Runtime:
     def end(self, subscription: Subscription, reason: str) -> None:
         """Unregister ``subscription``; whoever waits for it sees its end."""
         with self._lock:
-            subscription.ended = subscription.ended or reason
-            if reason in GONE:
-                subscription.clear()
-            for channel in self._hub.remove(subscription):
-                self.broker.unsubscribe(channel)
-            if subscription in self._crowded:
-                self._crowded.discard(subscription)
-                self._calm.notify_all()
-        _ring([subscription])
+            self._end(subscription, reason)
+        if subscription.wake is not None:
+            subscription.wake()
+
+    def _end(self, subscription: Subscription, reason: str) -> None:
+        subscription.end(reason, clear=reason in GONE)
+        for channel in self._hub.remove(subscription):
+            self.broker.unsubscribe(channel)
+        if subscription in self._crowded:
+            self._crowded.discard(subscription)
+            self._calm.notify_all()
 
     def abandon(self, subscription: Subscription) -> None:
         """Have ``subscription`` ended soon. Takes no lock, for the collector runs anywhere, even under ours."""
@@ -201,7 +242,7 @@ class Listener:
 
     def wake_by(self, wake: Callable[[], None]) -> None:
         """Have ``wake`` called, by any thread, when there is something to take or the end has come."""
-        self.subscription.wake = wake
+        self._runtime.claim(self.subscription, wake)
 
     def take(self, limit: int | None = None, max_bytes: int | None = None) -> list[tuple[Event, bytes]]:
         """Return the events that wait, with their encoded form, oldest first.
@@ -209,6 +250,32 @@ class Listener:
         At most ``limit`` of them, and no more after the one that makes it ``max_bytes``.
         """
         return self._runtime.take(self.subscription, limit, max_bytes)
+
+    @property
+    def events(self) -> int:
+        """How many events were taken."""
+        return self.subscription.events
+
+    @property
+    def audience(self) -> Audience:
+        """What it has in common with others: they get the same events."""
+        return self.subscription.audience
+
+    def share(self, ring: Callable[[], None]) -> None:
+        """Have ``ring`` called, by any thread, at every event: once for all of the audience that name the same."""
+        self._runtime.share(self.subscription, ring)
+
+    def unshare(self, ring: Callable[[], None]) -> None:
+        """Have ``ring`` called no more, neither for this one nor for others."""
+        self._runtime.unshare(self.audience, ring)
+
+    def take_alike(self, listeners: Iterable[Listener], max_bytes: int) -> tuple[list[bytes | None], bool]:
+        """Take for ``listeners``, all of this one's audience, what waits, up to the event that makes it ``max_bytes``.
+
+        Returns a chunk for each, empty where nothing waits, ``None`` where it has to ``take()`` itself; and whether
+        more waits for one of them.
+        """
+        return self._runtime.take_alike([listener.subscription for listener in listeners], max_bytes)
 
     def mark(self, *, slow: bool) -> None:
         """Say whether the client takes what it is sent, as the stream knows from now on."""
@@ -224,16 +291,16 @@ class Listener:
         if self.subscription.ended is None:
             self.subscription.ended = "abandoned"
             self._runtime.abandon(self.subscription)
-            _ring([self.subscription])
+            if self.subscription.wake is not None:
+                self.subscription.wake()
 
     # The response was dropped unclosed: the client left while the view ran, or a middleware answered instead.
     __del__ = leave
 
 
-def _ring(subscriptions: Iterable[Subscription]) -> None:
-    for subscription in subscriptions:
-        if subscription.wake is not None:
-            subscription.wake()
+def _ring(wake: Iterable[Callable[[], None]]) -> None:
+    for ring in wake:
+        ring()
 
 
 _runtimes: dict[Hashable, Runtime] = {}

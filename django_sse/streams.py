@@ -16,8 +16,8 @@ from typing import Any
 
 from . import shutdown
 from .database import ThreadSensitiveContext, arelease_connections, lend, release_connections
-from .feeds import FEEDS, LATE, Chunk, Feed, InTask, Source
-from .inbox import LoopBell
+from .feeds import FEEDS, LATE, Chunk, Feed, InTask, Mail, Source
+from .inbox import LoopBell, Mailbox
 from .registry import Account, open_streams
 from .signals import stream_closed, stream_opened
 from .workers import Workers, in_worker
@@ -182,6 +182,21 @@ class Stream:
         """Say whether the client takes what it is sent: who delivers the stream knows."""
         if self._feed is not None:
             self._feed.mark(slow=slow)
+
+    @property
+    def mailbox(self) -> Mailbox | None:
+        """The mailbox whose frames are the chunks while ``buffer`` is empty; ``None`` where the chunks are made."""
+        return self._feed.mailbox if isinstance(self._feed, Mail) and self.buffer is not None else None
+
+    @property
+    def buffer(self) -> Any:
+        """An ``Sse``, which is sent with the mailbox's next event; ``None`` where the view sees to it."""
+        return self._source.detached
+
+    def count(self, size: int) -> None:
+        """Add to the account ``size`` bytes that were taken from the mailbox."""
+        if self.account is not None:
+            self.account.bytes += size
 
     @property
     def heartbeat(self) -> float | None:
