@@ -49,7 +49,19 @@ class Subscription:
     waits may still be taken, nothing more comes, so a client never sees a gap without seeing the end.
     """
 
-    __slots__ = ("__weakref__", "_end", "_place", "_start", "audience", "ended", "prompt", "shared", "slow", "wake")
+    __slots__ = (
+        "__weakref__",
+        "_end",
+        "_place",
+        "_size",
+        "_start",
+        "audience",
+        "ended",
+        "prompt",
+        "shared",
+        "slow",
+        "wake",
+    )
 
     def __init__(self, audience: Audience) -> None:
         self.audience = audience
@@ -66,6 +78,8 @@ class Subscription:
         # Where the next event is taken. An entry leads to all that comes after it, so none is held for longer.
         self._place = audience.end
         self._start = audience.end.number
+        # Where the log's bytes would be if ``take()`` alone had taken them.
+        self._size = audience.end.size
         # The end of what it still gets.
         self._end: _Entry | None = None
 
@@ -78,6 +92,11 @@ class Subscription:
         """How many events were taken."""
         return self._place.number - self._start
 
+    @property
+    def bytes_alike(self) -> int:
+        """How many bytes were taken by ``Audience.advance()``."""
+        return self._place.size - self._size
+
     def take(self, limit: int | None = None, max_bytes: int | None = None) -> list[tuple[Event, bytes]]:
         """Return what waits, oldest first: at most ``limit`` events, and no more after ``max_bytes`` bytes."""
         taken: list[tuple[Event, bytes]] = []
@@ -87,6 +106,7 @@ class Subscription:
             size += len(place.frame)
             place = place.next
         self._place = place
+        self._size += size
         if place.next is None and self.ended is None:
             if not self.shared:
                 self.audience.waiting[self] = None

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
 import logging
 import time
 import types
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
-from itertools import islice
+from itertools import chain, islice, repeat
 from operator import length_hint
 from typing import Any, ClassVar
 
@@ -43,9 +44,7 @@ LONGEST = 60.0
 _HEARTBEAT = {"type": "http.response.body", "body": HEARTBEAT, "more_body": True}
 _END = {"type": "http.response.body", "body": b"", "more_body": False}
 
-Send = Callable[[Any], Awaitable[None]]
-#: What is to be called and awaited, and with which argument.
-_Task = tuple[Callable[[Any], Awaitable[None]], Any]
+Send = Callable[[Any], Coroutine[Any, Any, None]]
 
 
 class Delivery(LoopBell):
@@ -68,22 +67,21 @@ class Delivery(LoopBell):
         "last_sent",
         "mailbox",
         "send",
-        "shared_bytes",
+        "share",
         "takes",
     )
 
-    def __init__(self, stream: Stream, send: Send) -> None:
+    def __init__(self, stream: Stream, send: Callable[[Any], Awaitable[None]]) -> None:
         super().__init__()
         self._stream = stream
-        self.send = send
+        self.send = send if inspect.iscoroutinefunction(send) else _coroutines(send)
         self._pump: _Pump
         #: What stands around the server's send(), tracing for instance, may keep things of its request in it.
         self.context = contextvars.copy_context()
-        #: What it gets as others get it, once it has had all that was its own, and what may come to be its own later.
+        #: With whom it is served, and from what, once it has had all that was its own; what may be its own later.
+        self.share: _Share | None = None
         self.mailbox: Mailbox | None = None
         self.buffer: Any = None
-        #: Bytes that were sent to it as to others.
-        self.shared_bytes = 0
         # The task of a ``send()`` that waits for the client, and since when it does.
         self._blocked: asyncio.Task[None] | None = None
         self._blocked_since = 0.0
@@ -119,9 +117,10 @@ class Delivery(LoopBell):
             self._stop()
             if self._blocked is not None:
                 self._blocked.cancel()
-            stream.count(self.shared_bytes)
+            if self.mailbox is not None:
+                stream.count(self.mailbox.bytes_alike)
             # The pump may know this delivery until the next look at its clock.
-            del self._app, self._stream, self.buffer, self.context, self.mailbox, self.send
+            del self._app, self._stream, self.buffer, self.context, self.mailbox, self.send, self.share
             stream.shut()
             await stream.settle_on_loop()
             await stream.unwound()
@@ -157,8 +156,8 @@ class Delivery(LoopBell):
         """Have the stream looked at."""
         self._pump.ready(self)
 
-    def next(self) -> _Task | None:
-        """Return what to do next: what to call, with which argument, to be awaited; ``None`` where there is nothing."""
+    def next(self) -> dict[str, Any] | None:
+        """Return the message that is to be sent next, or ``None`` where there is nothing."""
         self.clear()
         if not self.takes:
             return None
@@ -169,36 +168,36 @@ class Delivery(LoopBell):
         if chunk is None and self.mailbox is None and self._share():
             chunk = self._stream.take()  # what came just before
         if chunk is not None:
-            return self._sending(chunk, time.monotonic())
+            return self._message(chunk, time.monotonic())
         if not self._stream.over:
             return None
-        if not self._unwound:
+        if not self._unwound and self._stream.unwinds:
             # Some servers stop as soon as the last response has ended, whatever its iterator still does.
-            self._unwound = True
-            return self._unwind, None
+            self.block(asyncio.get_running_loop().create_task(self._unwind()))
+            return None
         self._ended = True
-        return self.send, _END
+        return _END
 
-    def _unwind(self, nothing: None) -> Awaitable[None]:
-        return self._stream.unwound()
+    async def _unwind(self) -> None:
+        await self._stream.unwound()
+        self._unwound = True
+        self._unblock()
 
     def _share(self) -> bool:
         mailbox = None if self._stream.over else self._stream.mailbox
         if mailbox is None:
             return False
         self.mailbox, self.buffer = mailbox, self._stream.buffer
-        self._pump.share(self, mailbox)
+        self.share = self._pump.share(self, mailbox)
         return True
 
-    def _sending(self, chunk: Any, now: float) -> _Task:
+    def _message(self, chunk: Any, now: float) -> dict[str, Any]:
         self.last_sent = now
-        if chunk is HEARTBEAT:
-            return self.send, _HEARTBEAT
-        return self.send, {"type": "http.response.body", "body": chunk, "more_body": True}
+        return _HEARTBEAT if chunk is HEARTBEAT else _message(chunk)
 
-    def blocks(self) -> None:
-        """Hear that the running task has to wait for the client."""
-        self._blocked, self._blocked_since = asyncio.current_task(), time.monotonic()
+    def block(self, task: asyncio.Task[None] | None) -> None:
+        """Hear that ``task`` has to wait for the client."""
+        self._blocked, self._blocked_since = task, time.monotonic()
         self.takes = False
         self._pump.waits(self)
 
@@ -209,6 +208,11 @@ class Delivery(LoopBell):
             await _finish(self.context, sending, waits_for)
         except (Exception, asyncio.CancelledError) as raised:  # noqa: BLE001  # whatever it is, it is this client's
             error = raised
+        self._unblock()
+        if error is not None and not self.over():
+            self.failed(error)
+
+    def _unblock(self) -> None:
         self._blocked = None
         self.last_sent = time.monotonic()
         if self.over():
@@ -217,8 +221,6 @@ class Delivery(LoopBell):
         if self._is_slow:
             self._is_slow = False
             self._stream.mark(slow=False)
-        if error is not None:
-            self.failed(error)
         self._pump.ready(self)
 
     def look_whether_slow(self, now: float) -> bool:
@@ -249,8 +251,8 @@ class Delivery(LoopBell):
             self._stream.shut("error")
             self._finish()
 
-    def look(self, now: float) -> tuple[float, _Task | None]:
-        """Do what the clock demands; return when to look again, and what to do like that of ``next()``."""
+    def look(self, now: float) -> tuple[float, dict[str, Any] | None]:
+        """Do what the clock demands; return when to look again, and a message that is to be sent."""
         again = now + self._interval
         if self._blocked is not None:
             return self._look_at_blocked(now, again), None
@@ -264,12 +266,13 @@ class Delivery(LoopBell):
         heartbeat = stream.heartbeat
         if heartbeat is None:
             return again, None
-        due = self.last_sent + heartbeat
+        last_sent = self.last_sent if self.share is None else max(self.last_sent, self.share.last_sent)
+        due = last_sent + heartbeat
         if now < due:
             return min(again, due), None
         again = min(again, now + heartbeat)
         chunk = stream.silence()
-        return again, self._sending(chunk, now) if chunk else None
+        return again, self._message(chunk, now) if chunk else None
 
     def _look_at_blocked(self, now: float, again: float) -> float:
         patience = self._stream.stall_timeout
@@ -298,27 +301,30 @@ def _finish(
             return
 
 
-def _begin(call: Callable[[Any], Awaitable[None]], argument: Any) -> tuple[Coroutine[Any, Any, None], Any]:
-    """Make the first step; return what to go on with, and what it waits for. ``StopIteration``: it is over."""
-    sending = call(argument)
-    if type(sending) is not types.CoroutineType:
-        sending = _wait_for(sending)
-    return sending, sending.send(None)
+def _coroutines(send: Callable[[Any], Awaitable[None]]) -> Send:
+    """Return a ``send()`` that does all that it does in its coroutine's first step, and later ones."""
+
+    async def sending(message: Any) -> None:
+        await send(message)
+
+    return sending
 
 
-async def _wait_for(sending: Awaitable[None]) -> None:
-    await sending
+def _message(chunk: Any) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": chunk, "more_body": True}
 
 
 class _Share(LoopBell):
     """The deliveries of one event loop that get the same events."""
 
-    __slots__ = ("_again", "_left", "_pump", "members")
+    __slots__ = ("_again", "_left", "_pump", "last_sent", "members")
 
     def __init__(self, pump: _Pump) -> None:
         super().__init__()
         self._pump = pump
         self.members: dict[Delivery, None] = {}
+        #: When they were sent something alike.
+        self.last_sent = 0.0
         # Those that are still to be served in the round that is under way, and whether another one follows it.
         self._left: Iterator[Delivery] | None = None
         self._again = False
@@ -350,8 +356,8 @@ class _Share(LoopBell):
         return self._left is not None
 
 
-#: For whom something is to be called and awaited, what, and with which argument. For nobody: let others have the loop.
-_Turn = tuple[Delivery | None, Any, Any]
+#: Messages that are to be sent, and to whom.
+_Messages = Iterator[tuple[Delivery, dict[str, Any]]]
 
 
 class _Pump:
@@ -369,7 +375,8 @@ class _Pump:
         self._timed: deque[Delivery] = deque()
         # Those that have begun to wait for their client, which may turn out to be slow.
         self._waiting: set[Delivery] = set()
-        self._turns = self._take_turns()
+        # What is sent just now: whichever task sends goes on where the last one stopped.
+        self._messages: _Messages = iter(())
         self._sleep: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle
@@ -412,13 +419,14 @@ class _Pump:
         """Hear that ``delivery`` waits for its client."""
         self._waiting.add(delivery)
 
-    def share(self, delivery: Delivery, mailbox: Mailbox) -> None:
+    def share(self, delivery: Delivery, mailbox: Mailbox) -> _Share:
         """Serve ``delivery`` together with others from now on."""
         share = self._shares.get(mailbox.audience)
         if share is None:
             share = self._shares[mailbox.audience] = _Share(self)
         share.members[delivery] = None
         mailbox.share(share.ring)
+        return share
 
     def _unshare(self, delivery: Delivery, mailbox: Mailbox) -> None:
         share = self._shares[mailbox.audience]
@@ -457,39 +465,46 @@ class _Pump:
         self._go_on()
 
     def _go_on(self) -> None:
-        self._task = self._loop.create_task(self._run())
+        # Not by the loop's task factory: an eager one would run it here and now.
+        self._task = asyncio.Task(self._run(), loop=self._loop)
         self._task.add_done_callback(self._stop)  # also if it is cancelled before it runs
 
     async def _run(self) -> None:
+        task = asyncio.current_task()
         try:
-            await self._work()
+            await self._send()
         except Exception:  # a mistake of ours: it must not be the end of all streams
             log.exception("A stream could not be delivered")
-            self._turns = self._take_turns()
-            self._go_on()
+            if task is self._task:
+                self._go_on()
         finally:
-            self._stop(asyncio.current_task())
+            self._stop(task)
 
-    async def _work(self) -> None:
-        for delivery, call, argument in self._turns:
-            if delivery is None:
-                if await self._rest():
+    async def _send(self) -> None:
+        while True:
+            for delivery, message in self._messages:
+                if not delivery.takes:
                     continue
+                sending = delivery.send(message)
+                try:
+                    waits_for = delivery.context.run(sending.send, None)
+                except StopIteration:
+                    continue
+                except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # whatever it is, it is the client's
+                    delivery.failed(error)
+                    continue
+                # What ``sending`` has opened, a timeout for instance, belongs to the task that it has begun in.
+                delivery.block(asyncio.current_task())
+                self._go_on()
+                await delivery.wait_for_client(sending, waits_for)
                 return
-            try:
-                sending, waits_for = delivery.context.run(_begin, call, argument)
-            except StopIteration:
-                continue
-            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # whatever it is, it is this client's
-                delivery.failed(error)
-                continue
-            # What ``sending`` has opened, a timeout for instance, belongs to the task that it has begun in.
-            delivery.blocks()
-            self._go_on()
-            await delivery.wait_for_client(sending, waits_for)
-            return
+            # None is held while nothing is sent.
+            delivery = message = sending = None  # type: ignore[assignment]
+            if not await self._pause():
+                return
+            self._messages = self._next_messages()
 
-    async def _rest(self) -> bool:
+    async def _pause(self) -> bool:
         """Let others have the loop; return whether there is anybody to go on for."""
         if self._ready or self._rung or self._timed:
             await asyncio.sleep(0)
@@ -507,84 +522,66 @@ class _Pump:
             self._due.clear()
             self._pumps.pop(self._loop, None)
 
-    def _take_turns(self) -> Iterator[_Turn]:
-        """Give what is to be sent next, for ever. Whichever task asks goes on where the last one stopped."""
-        while True:
-            left = BATCH
-            while left > 0 and (self._ready or self._rung or self._timed):
-                # No delivery is held by this frame, which lasts.
-                if self._rung:
-                    left -= yield from self._serve(self._rung.popleft())
-                for _ in range(min(BATCH, len(self._ready))):
-                    yield from self._send_all(self._ready.popleft())
-                    left -= 1
-                while self._timed and left > 0:
-                    left -= yield from self._look_at(self._timed.popleft())
-            yield None, None, None
-
-    def _serve(self, share: _Share) -> Generator[_Turn, None, int]:
-        """Serve some members of ``share``; return how many."""
-        batch = share.batch()
-        more = False
-        try:
-            more = yield from self._send_alike(batch)
-        finally:
-            if share.goes_on(more=more):
-                self._rung.append(share)
-        return len(batch)
-
-    def _send_alike(self, batch: list[Delivery]) -> Generator[_Turn, None, bool]:
-        """Send to each what waits for it; return whether more waits."""
-        several = [delivery for delivery in batch if delivery.takes and not delivery.buffer._buffer]
-        if len(several) < len(batch):
-            self._ready.extend(delivery for delivery in batch if delivery.takes and delivery.buffer._buffer)
-        if not several:
-            return False
-        mailboxes: list[Any] = [delivery.mailbox for delivery in several]
-        taken_alike: tuple[list[bytes | None], bool] = mailboxes[0].take_alike(mailboxes, CHUNK_BYTES)
-        chunks, more = taken_alike
-        now = time.monotonic()
-        chunk: bytes | None = b""
-        size = 0
-        message: dict[str, Any] = {}
-        for delivery, taken in zip(several, chunks, strict=True):
-            if taken is not chunk:
-                # One message for all that get the same.
-                chunk, size = taken, len(taken or b"")
-                message = {"type": "http.response.body", "body": taken, "more_body": True}
-            if taken is None:
-                self._ready.append(delivery)
-            elif size and delivery.takes:
-                delivery.last_sent = now
-                delivery.shared_bytes += size
-                yield delivery, delivery.send, message
-        return more
-
-    @staticmethod
-    def _send_all(delivery: Delivery) -> Iterator[_Turn]:
-        while True:
+    def _next_messages(self) -> _Messages:
+        """Return what is to be sent before others have the loop again."""
+        alike: list[_Messages] = []
+        left = BATCH
+        while left > 0 and self._rung:
+            share = self._rung.popleft()
+            batch = share.batch()
+            left -= len(batch) or 1
+            several = [delivery for delivery in batch if delivery.takes and not delivery.buffer._buffer]
+            if len(several) < len(batch):
+                self._ready.extend(delivery for delivery in batch if delivery.takes and delivery.buffer._buffer)
+            more = False
             try:
-                task = delivery.next()
+                if several:
+                    messages, more = self._messages_alike(share, several)
+                    alike.append(messages)
+            finally:
+                if share.goes_on(more=more):
+                    self._rung.append(share)
+        return chain(*alike, self._messages_of_ready(), self._messages_of_timed())
+
+    def _messages_alike(self, share: _Share, deliveries: list[Delivery]) -> tuple[_Messages, bool]:
+        """Return what waits for ``deliveries``, which are members of ``share``, and whether more waits."""
+        mailboxes: list[Any] = [delivery.mailbox for delivery in deliveries]
+        taken: tuple[list[bytes | None], bool] = mailboxes[0].take_alike(mailboxes, CHUNK_BYTES)
+        chunks, more = taken
+        share.last_sent = time.monotonic()
+        first = chunks[0]
+        if first and chunks.count(first) == len(chunks):  # as almost always
+            return zip(deliveries, repeat(_message(first))), more
+        # One message for all that get the same.
+        messages = {chunk: _message(chunk) for chunk in chunks if chunk}
+        self._ready.extend(delivery for delivery, chunk in zip(deliveries, chunks, strict=True) if chunk is None)
+        several = zip(deliveries, chunks, strict=True)
+        return iter([(delivery, messages[chunk]) for delivery, chunk in several if chunk]), more
+
+    def _messages_of_ready(self) -> _Messages:
+        for _ in range(min(BATCH, len(self._ready))):
+            delivery = self._ready.popleft()
+            try:
+                while (message := delivery.next()) is not None:
+                    yield delivery, message
             except Exception as error:  # noqa: BLE001  # whatever it is, it is no reason to leave the others
                 delivery.fail(error)
-                return
-            if task is None:
-                return
-            yield delivery, *task
 
-    def _look_at(self, delivery: Delivery) -> Generator[_Turn, None, int]:
-        """Have ``delivery`` do what the clock demands; return for how many it counts."""
-        if delivery not in self._deliveries:
-            return 0
-        try:
-            again, task = delivery.look(time.monotonic())
-        except Exception as error:  # noqa: BLE001  # whatever it is, it is no reason to leave the others
-            delivery.fail(error)
-        else:
-            self._look_later(delivery, again)
-            if task is not None:
-                yield delivery, *task
-        return END_COST if delivery.over() else 1
+    def _messages_of_timed(self) -> _Messages:
+        left = BATCH
+        while left > 0 and self._timed:
+            delivery = self._timed.popleft()
+            if delivery not in self._deliveries:
+                continue
+            try:
+                again, message = delivery.look(time.monotonic())
+            except Exception as error:  # noqa: BLE001  # whatever it is, it is no reason to leave the others
+                delivery.fail(error)
+            else:
+                self._look_later(delivery, again)
+                if message is not None:
+                    yield delivery, message
+            left -= END_COST if delivery.over() else 1
 
 
 def _tick_of(at: float) -> int:

@@ -257,6 +257,11 @@ class Listener:
         return self.subscription.events
 
     @property
+    def bytes_alike(self) -> int:
+        """How many bytes were taken together with others."""
+        return self.subscription.bytes_alike
+
+    @property
     def audience(self) -> Audience:
         """What it has in common with others: they get the same events."""
         return self.subscription.audience

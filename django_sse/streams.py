@@ -389,6 +389,11 @@ class Stream:
         finally:
             self._forget()
 
+    @property
+    def unwinds(self) -> bool:
+        """Whether an async iterator has still to come to its end."""
+        return isinstance(self._feed, InTask)
+
     async def unwound(self) -> None:
         """Wait for what an async iterator still does at its end."""
         if isinstance(self._feed, InTask):
