@@ -45,7 +45,10 @@ class SseApplication:
             raise
         stream = handover.taken()
         if stream is not None:
-            await Delivery(stream, send).run(client.receive)
+            receive = client.rest()
+            del handover, client
+            # All that this frame holds, every open stream holds.
+            await Delivery(stream, send).run(receive)
 
 
 class _Client:
@@ -65,6 +68,10 @@ class _Client:
         if message["type"] == "http.disconnect":
             self._last = message
         return message
+
+    def rest(self) -> Receive:
+        """Return the ``receive()`` for what the server has still to say."""
+        return self._receive if self._last is None else self.receive
 
 
 def get_asgi_application() -> SseApplication:

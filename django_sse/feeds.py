@@ -119,7 +119,7 @@ class Source:
 
     def frames(self, taken: list[tuple[Event, bytes]]) -> Chunk:
         """Return what is sent for the events taken from the mailbox: a heartbeat where there are none."""
-        rest = self.flush(None)
+        rest = self.flush(None) if self.detached is None else flush_sse(self.detached)
         if len(taken) == 1 and not rest:
             return self.out(taken[0][1])
         frames = [frame for _, frame in taken] or [HEARTBEAT]
@@ -129,9 +129,10 @@ class Source:
     def detach(self) -> None:
         """Let go of the view, and with it of the request, where only its buffer is needed."""
         if self.iterator is None and self.buffer is not None:
-            buffer = self.detached = self.buffer()
+            self.detached = self.buffer()
             self.buffer = None
-            self.flush = lambda value: flush_sse(buffer)
+            self.flush = _flush_nothing
+            self.prepare = _nothing
 
     def silence(self) -> Chunk:
         """Return a heartbeat, and what the view's buffer holds."""
@@ -598,6 +599,10 @@ def _is_cancelled() -> bool:
 
 def _nothing() -> None:
     """Stand in for what is not there."""
+
+
+def _flush_nothing(value: object) -> Iterable[Chunk]:
+    return ()
 
 
 async def _anothing() -> None:

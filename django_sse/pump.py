@@ -110,7 +110,19 @@ class Delivery(LoopBell):
             stream.ring_by(self.ring)
             stream.mark(slow=False)
             try:
-                await self._until_over(receive)
+                # Here, and not in a coroutine of its own, which every open stream would hold.
+                while not self.over():
+                    self._receiving = True
+                    try:
+                        if (await receive())["type"] == "http.disconnect":
+                            break
+                    except asyncio.CancelledError:
+                        if not self.over():
+                            raise
+                        # By _finish(): there is no other way out of receive().
+                        getattr(self._app, "uncancel", int)()
+                    finally:
+                        self._receiving = False
             finally:
                 self._pump.remove(self)
         finally:
@@ -128,20 +140,6 @@ class Delivery(LoopBell):
     def over(self) -> bool:
         """Whether nothing is sent any more."""
         return self._over
-
-    async def _until_over(self, receive: Callable[[], Awaitable[Any]]) -> None:
-        while not self.over():
-            self._receiving = True
-            try:
-                if (await receive())["type"] == "http.disconnect":
-                    return
-            except asyncio.CancelledError:
-                if not self.over():
-                    raise
-                # By _finish(): there is no other way out of receive().
-                getattr(self._app, "uncancel", int)()
-            finally:
-                self._receiving = False
 
     def _stop(self) -> None:
         self._over = True
@@ -173,7 +171,7 @@ class Delivery(LoopBell):
             return None
         if not self._unwound and self._stream.unwinds:
             # Some servers stop as soon as the last response has ended, whatever its iterator still does.
-            self.block(asyncio.get_running_loop().create_task(self._unwind()))
+            self.block(asyncio.Task(self._unwind(), loop=asyncio.get_running_loop()))
             return None
         self._ended = True
         return _END
@@ -485,8 +483,8 @@ class _Pump:
             for delivery, message in self._messages:
                 if not delivery.takes:
                     continue
-                sending = delivery.send(message)
                 try:
+                    sending = delivery.send(message)
                     waits_for = delivery.context.run(sending.send, None)
                 except StopIteration:
                     continue
@@ -526,7 +524,8 @@ class _Pump:
         """Return what is to be sent before others have the loop again."""
         alike: list[_Messages] = []
         left = BATCH
-        while left > 0 and self._rung:
+        # Each once: what was taken is to be sent, and whose first message has to wait would not take a second one.
+        for _ in range(len(self._rung)):
             share = self._rung.popleft()
             batch = share.batch()
             left -= len(batch) or 1
@@ -538,9 +537,14 @@ class _Pump:
                 if several:
                     messages, more = self._messages_alike(share, several)
                     alike.append(messages)
+            except BaseException:
+                self._messages = chain(*alike)
+                raise
             finally:
                 if share.goes_on(more=more):
                     self._rung.append(share)
+            if left <= 0:
+                break
         return chain(*alike, self._messages_of_ready(), self._messages_of_timed())
 
     def _messages_alike(self, share: _Share, deliveries: list[Delivery]) -> tuple[_Messages, bool]:

@@ -245,6 +245,7 @@ class Stream:
                 if chunk:
                     return self._source.out(chunk)
             self._first = None
+            self._source.first = ()
         feed = self._feed
         assert feed is not None
         if self._over:

@@ -855,6 +855,11 @@ def test_what_waits_leaves_in_one_chunk(run, mail, kind, on_loop):
 
 
 @WAITING
+def test_a_mailbox_can_be_reached_through_its_feed(mail, mailbox, kind, on_loop):
+    assert mail(on_loop=on_loop).feed.mailbox is mailbox
+
+
+@WAITING
 def test_a_chunk_takes_no_more_events_after_its_bound_in_bytes(run, mail, kind, on_loop):
     text = "x" * 1000
     taker = mail(on_loop=on_loop)

@@ -512,14 +512,16 @@ def test_an_event_above_the_bytes_asked_for_is_given_to_several_alone():
     assert advance(one, max_bytes=2) == ([b"90123"], False)
 
 
-def test_there_is_more_for_several_when_more_waits_for_one_of_them():
+@pytest.mark.parametrize("first", ["late", "early"])
+def test_there_is_more_for_several_when_more_waits_for_one_of_them(first):
     hub = Hub()
     early = subscribe(hub, "a")
     publish(hub, "a", "12")
     late = subscribe(hub, "a")
     publish(hub, "a", "34")
-    assert advance(late, early, max_bytes=2) == ([b"34", b"12"], True)
-    assert advance(late, early, max_bytes=2) == ([b"", b"34"], False)
+    both, order = ([late, early], 1) if first == "late" else ([early, late], -1)
+    assert advance(*both, max_bytes=2) == ([b"34", b"12"][::order], True)
+    assert advance(*both, max_bytes=2) == ([b"", b"34"][::order], False)
 
 
 def test_a_slow_one_among_several_is_left_to_itself():
@@ -562,6 +564,23 @@ def test_what_was_given_to_several_counts_as_taken_and_makes_room():
         assert advance(one, two)[0] == [b"1234"] * 2
     assert one.events == two.events == 10
     assert (one.ended, two.ended) == (None, None)
+
+
+def test_bytes_count_as_taken_with_others_only_if_they_were():
+    hub = Hub()
+    one, two = subscribe(hub, "a"), subscribe(hub, "a")
+    publish(hub, "a", "123", "4")
+    one.take(1)
+    advance(one, two)
+    publish(hub, "a", "5678")
+    two.take()
+    publish(hub, "a", "9")
+    one.end("shutdown")
+    advance(one, two)
+    assert (one.bytes_alike, two.bytes_alike) == (6, 5)
+    publish(hub, "a", "dropped")
+    two.end("client", clear=True)
+    assert two.bytes_alike == 5
 
 
 # --- what it costs ---
@@ -767,6 +786,8 @@ class Client:
     claimed: bool
     waiting: list[str] = field(default_factory=list)
     taken: int = 0
+    #: Bytes that were taken together with others.
+    alike: int = 0
     ended: str | None = None
     slow: bool = False
     shared: bool = False
@@ -887,9 +908,7 @@ class HubAgainstLists(RuleBasedStateMachine):
     @rule(client=clients, seed=st.randoms(use_true_random=False), max_bytes=st.integers(1, 12))
     def advance(self, client, seed, max_bytes):
         audience = self.known[client].audience
-        several = [
-            each for each in self.known if self.known[each].audience is audience and each.abandoned is None
-        ]
+        several = [each for each in self.known if self.known[each].audience is audience and each.abandoned is None]
         several = seed.sample(several, seed.randint(0, len(several)))
         expected, more, same = [], False, {}
         for each in several:
@@ -899,6 +918,7 @@ class HubAgainstLists(RuleBasedStateMachine):
                 more = more or each.waiting != each.first(None, max_bytes)
             else:
                 expected.append("".join(each.take(None, max_bytes)).encode())
+                each.alike += len(expected[-1])
                 more = more or bool(each.waiting)
             same.setdefault(place, []).append(len(expected) - 1)
         chunks, said_more = audience.advance([self.known[each] for each in several], max_bytes)
@@ -976,6 +996,7 @@ class HubAgainstLists(RuleBasedStateMachine):
             if client.abandoned is None:
                 assert len(subscription) == len(client.waiting)
                 assert subscription.events == client.taken
+                assert subscription.bytes_alike == client.alike
                 assert subscription.slow == client.slow
                 assert subscription.crowded == client.crowded
 

@@ -3,15 +3,21 @@
 import asyncio
 import contextvars
 import gc
+import inspect
 import itertools
 import logging
+import random
+import re
+import sys
 import threading
 import time
 import weakref
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from django_sse import pump
+from django_sse import feeds, pump
 from django_sse.brokers.memory import MemoryBroker
 from django_sse.event import encode_payload
 from django_sse.feeds import Source, flush_sse
@@ -26,6 +32,7 @@ from tests.helpers.loops import needs_loops, soon
 
 pytestmark = needs_loops
 
+EVENT = re.compile(rb"event: [^\n]*\ndata: ([^\n]*)\n\n")
 END = {"type": "http.response.body", "body": b"", "more_body": False}
 
 
@@ -74,7 +81,7 @@ class Client:
         self.sse = Sse()
         list(self.sse)  # no ``retry``
         if steps is not None:
-            source = Source(steps, lambda value: (value,), **kept)
+            source = Source(steps, lambda value: () if value is None else (value,), **kept)
         else:
             self.mailbox = run.open(channels or ["a"], max_events=max_events, max_bytes=10_000_000)
             if run.alike:
@@ -153,6 +160,40 @@ class Door:
     @property
     def body(self):
         return b"".join(message["body"] for message in self.sent)
+
+
+def got(client):
+    """The texts that it was sent, and no part of one."""
+    assert EVENT.sub(b"", client.body) == b""
+    return [text.decode() for text in EVENT.findall(client.body)]
+
+
+class Gate:
+    """A `send` that waits for each message until it is let through, and gives `client.sent` what it let through."""
+
+    def __init__(self):
+        self.client = None
+        self.waiting = None
+
+    async def __call__(self, message):
+        assert self.waiting is None, "the last one is not sent yet"
+        self.waiting = asyncio.get_running_loop().create_future()
+        try:
+            await self.waiting
+        finally:
+            self.waiting = None
+        self.client.sent.append(message)
+
+    def let_through(self):
+        if self.waiting is not None and not self.waiting.done():
+            self.waiting.set_result(None)
+
+
+def gated(run, *channels, **options):
+    gate = Gate()
+    gate.client = Client(run, *channels, send=gate, **options)
+    gate.client.gate = gate
+    return gate.client
 
 
 # --- sending ---
@@ -310,6 +351,460 @@ def test_the_loop_is_given_back_after_a_batch_of_clients(run):
             await client.leave()
 
     asyncio.run(main())
+
+
+# --- several at once ---
+
+
+def test_all_that_get_the_same_are_sent_the_very_same_bytes(run):
+    async def main():
+        clients = [Client(run) for _ in range(3)]
+        await turns()
+        publish(run, "1", "2")
+        for client in clients:
+            await client.until(b"data: 2")
+        bodies = [client.sent[0]["body"] for client in clients]
+        assert bodies == [b"event: \ndata: 1\n\nevent: \ndata: 2\n\n"] * 3
+        assert not run.alike or bodies[0] is bodies[1] is bodies[2]
+        for client in clients:
+            await client.leave()
+
+    asyncio.run(main())
+
+
+def test_clients_of_different_channels_get_theirs_and_nothing_else(run):
+    async def main():
+        names = {"a": ["a"], "b": ["b"], "ab": ["a", "b"], "ba": ["b", "a"], "bounded": ["a"]}
+        clients = {}
+        for name, channels in names.items():
+            bound = {"max_events": 5_000} if name == "bounded" else {}
+            clients[name] = [Client(run, *channels, **bound) for _ in range(2)]
+        await turns()
+        publish(run, "1")
+        publish(run, "2", channel="b")
+        await turns(10)
+        publish(run, "3", channel="b")
+        publish(run, "4")
+        await turns(10)
+        both = ["1", "2", "3", "4"]
+        expected = {"a": ["1", "4"], "b": ["2", "3"], "ab": both, "ba": both, "bounded": ["1", "4"]}
+        assert {name: [got(client) for client in some] for name, some in clients.items()} == {
+            name: [texts, texts] for name, texts in expected.items()
+        }
+        for some in clients.values():
+            for client in some:
+                await client.leave()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("delay", range(8))
+def test_a_client_that_comes_in_the_middle_of_everything_gets_all_that_is_published_from_then_on(run, delay):
+    async def main():
+        first = Client(run)
+        await turns()
+        publish(run, "before")
+        await turns(delay)
+        second = Client(run, first=[b"event: \ndata: first\n\n"])
+        for number in range(10):
+            publish(run, str(number))
+            await turns(1)
+        await second.until(b"data: 9")
+        await first.until(b"data: 9")
+        assert got(first) == ["before", *map(str, range(10))]
+        assert got(second) == ["first", *map(str, range(10))]
+        await first.leave()
+        await second.leave()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("delay", range(6))
+@pytest.mark.parametrize("slow", [False, True], ids=["quick", "slow"])
+def test_the_first_chunk_comes_before_any_event(run, delay, slow):
+    """Events that were published while the client was still on its way through Django included."""
+
+    async def main():
+        other = Client(run)
+        await turns()
+        client = (gated if slow else Client)(run, first=[b"event: \ndata: first\n\n"])
+        publish(run, "1")
+        await turns(delay)
+        publish(run, "2")
+        await turns(10)
+        publish(run, "3")
+        if slow:
+            assert got(client) == []
+            while len(client.body) < 4 * len(b"event: \ndata: 1\n\n"):
+                client.gate.let_through()
+                await turns(1)
+        await client.until(b"data: 3")
+        assert got(client) == ["first", "1", "2", "3"]
+        assert client.sent[0]["body"] == b"event: \ndata: first\n\n"
+        await client.leave()
+        await other.leave()
+
+    asyncio.run(main())
+
+
+def test_what_the_view_adds_goes_out_after_the_next_event_and_in_order(run):
+    async def main():
+        client, other = Client(run), Client(run)
+        await turns()
+        publish(run, "1")
+        await turns(10)
+        client.sse.add_message("own", "x")
+        client.sse.add_message("own", "y")
+        await turns(10)
+        assert got(client) == ["1"]
+        publish(run, "2")
+        await turns(10)
+        publish(run, "3")
+        await turns(10)
+        client.sse.add_message("own", "z")
+        publish(run, "4", "5")
+        await turns(10)
+        assert got(client) == ["1", "2", "x", "y", "3", "4", "5", "z"]
+        assert got(other) == ["1", "2", "3", "4", "5"]
+        await client.leave()
+        await other.leave()
+
+    asyncio.run(main())
+
+
+def test_what_the_view_adds_to_a_slow_client_waits_for_the_next_event(run):
+    async def main():
+        client, other = gated(run), Client(run)
+        await turns()
+        publish(run, "1")
+        await soon(lambda: client.gate.waiting)
+        client.sse.add_message("own", "x")
+        publish(run, "2")
+        await turns(10)
+        for _ in range(2):
+            client.gate.let_through()
+            await turns(10)
+        assert got(client) == ["1", "2", "x"]
+        assert got(other) == ["1", "2"]
+        await client.leave()
+        await other.leave()
+
+    asyncio.run(main())
+
+
+def test_what_the_view_adds_goes_with_a_heartbeat_where_no_event_comes(run):
+    async def main():
+        client = Client(run, heartbeat=0.1)
+        await turns()
+        client.sse.add_message("own", "x")
+        await client.until(b":\n\nevent: own\ndata: x\n\n")
+        await client.leave()
+
+    asyncio.run(main())
+
+
+@pytest.fixture
+def _small_batches(monkeypatch):
+    monkeypatch.setattr(pump, "BATCH", 10)
+
+
+#: What is 2 batches and a half then.
+NUMBER = 25
+#: Places in a round: of the first, in the middle and last of a batch, and of others.
+PLACES = [0, 5, 9, 10, 24]
+
+
+def leaves(run, client):
+    client.disconnect.set()
+
+
+def is_ended(run, client):
+    client.stream.end("max_age")
+
+
+def is_shut(run, client):
+    client.stream.close("stalled")
+
+
+def is_cancelled(run, client):
+    client.task.cancel()
+
+
+def fails(run, client):
+    client.broken = True
+
+
+def publishes(run, client):
+    publish(run, "more", "and more")
+
+
+def brings_another(run, client):
+    client.brought = Client(run)
+
+
+def is_written_to(run, client):
+    client.sse.add_message("own", "x")
+
+
+EVENTS = [leaves, is_ended, is_shut, is_cancelled, fails, publishes, brings_another, is_written_to]
+
+
+@pytest.mark.usefixtures("_small_batches")
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "while it waits"])
+@pytest.mark.parametrize("victim", PLACES)
+@pytest.mark.parametrize("happens", EVENTS)
+def test_whatever_happens_to_one_in_the_middle_of_a_round_harms_no_other(run, happens, victim, waits):
+    """It happens while the server is sending to another one, who may have to wait for that."""
+    causing = 4
+
+    async def main():
+        clients = []
+
+        def sender(number):
+            async def send(message):
+                if number == causing and b"data: 1\n" in message["body"]:
+                    if waits:
+                        await asyncio.sleep(0)
+                    happens(run, clients[victim])
+                    await asyncio.sleep(0)
+                if getattr(clients[number], "broken", False):
+                    raise ConnectionResetError("gone")
+                clients[number].sent.append(message)
+
+            return send
+
+        for number in range(NUMBER):
+            clients.append(Client(run, send=sender(number)))
+        await turns()
+        publish(run, "0")
+        await soon(lambda: b"data: 0" in clients[-1].body)
+        publish(run, "1")
+        await soon(lambda: b"data: 1" in clients[causing].body)
+        publish(run, "2")
+        await turns(5)
+        publish(run, "3")
+        await soon(lambda: all(b"data: 3" in clients[number].body for number in range(NUMBER) if number != victim))
+        await turns(10)
+        texts = ["0", "1", *(["more", "and more"] if happens is publishes else []), "2", "3"]
+        for number in range(NUMBER):
+            if number != victim:
+                assert got(clients[number]) == texts
+        own = got(clients[victim])
+        if happens in (publishes, brings_another):
+            assert own == texts
+        elif happens is is_written_to:
+            assert [text for text in own if text != "x"] == texts
+            assert own.count("x") == 1
+        else:
+            assert own == texts[: len(own)]
+        if happens is brings_another:
+            assert got(clients[victim].brought)[-2:] == ["2", "3"]
+            await clients[victim].brought.leave()
+        if happens is is_ended:
+            assert own[:2] == ["0", "1"]
+            assert clients[victim].sent[-1] == END
+        for client in clients:
+            client.disconnect.set()
+        await asyncio.wait([client.task for client in clients], timeout=10)
+        await turns()
+        assert tasks() == set()
+
+    asyncio.run(main())
+
+
+@pytest.mark.usefixtures("_small_batches")
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "while it waits"])
+@pytest.mark.parametrize("publisher", PLACES)
+def test_an_event_that_is_published_in_the_middle_of_a_round_needs_no_other_to_arrive(run, publisher, waits):
+    async def main():
+        clients = []
+
+        def sender(number):
+            async def send(message):
+                clients[number].sent.append(message)
+                if number == publisher and b"data: 1\n" in message["body"]:
+                    if waits:
+                        await asyncio.sleep(0)
+                    publish(run, "2")
+
+            return send
+
+        for number in range(NUMBER):
+            clients.append(Client(run, send=sender(number)))
+        await turns(10)
+        publish(run, "1")
+        await soon(lambda: all(b"data: 2" in client.body for client in clients), timeout=2)
+        assert [got(client) for client in clients] == [["1", "2"]] * NUMBER
+        for client in clients:
+            await client.leave()
+
+    asyncio.run(main())
+
+
+def test_clients_that_all_wait_and_come_back_one_by_one_get_everything_once(run):
+    texts = [str(number) for number in range(20)]
+
+    async def main():
+        clients = [gated(run) for _ in range(30)]
+        quick = Client(run)
+        await turns()
+        order = random.Random(1)
+        for text in texts:
+            publish(run, text)
+            await turns(2)
+            for client in order.sample(clients, 10):
+                client.gate.let_through()
+            await turns(2)
+        await quick.until(b"data: 19")
+        assert got(quick) == texts
+        while any(client.gate.waiting for client in clients):
+            for client in clients:
+                client.gate.let_through()
+            await turns(3)
+        assert [got(client) for client in clients] == [texts] * 30
+        assert len(tasks()) == 32  # the clients' own, and the pump's
+        for client in [*clients, quick]:
+            await client.leave()
+
+    asyncio.run(main())
+
+
+def test_a_client_that_does_not_read_overflows_and_is_told_the_end_once_it_reads(run, ends):
+    async def main():
+        slow, quick = gated(run, max_events=5), Client(run, max_events=5)
+        await turns()
+        publish(run, "0")
+        await soon(lambda: slow.gate.waiting)
+        for number in range(1, 10):
+            publish(run, str(number))
+            await turns(3)
+        assert got(quick) == [str(number) for number in range(10)]
+        while not slow.task.done():
+            slow.gate.let_through()
+            await turns(1)
+        assert got(slow) == ["0", "1", "2", "3", "4", "5"]
+        assert slow.sent[-1] == END
+        await quick.leave()
+
+    asyncio.run(main())
+    assert [reason for reason, *_ in ends] == ["overflow", "client"]
+
+
+def test_more_than_a_chunk_for_many_is_sent_in_several_and_in_order(run):
+    texts = [f"{number}".zfill(5) * 8_000 for number in range(6)]
+
+    async def main():
+        clients = [Client(run) for _ in range(BATCH + 5)]
+        slow = gated(run)
+        clients.append(slow)
+        await turns()
+        publish(run, *texts)
+        for client in clients[:-1]:
+            await client.until(texts[-1].encode())
+        while not slow.sent or texts[-1].encode() not in slow.sent[-1]["body"]:
+            slow.gate.let_through()
+            await turns(1)
+        for client in clients:
+            assert got(client) == texts
+            assert len(client.sent) == 3  # 40 kB each; two of them are more than 64 KiB
+        for client in clients:
+            await client.leave()
+
+    asyncio.run(main())
+
+
+def test_more_than_a_chunk_for_a_client_that_waits_is_sent_in_several_and_in_order(run):
+    texts = [f"{number}".zfill(5) * 8_000 for number in range(12)]
+
+    async def main():
+        slow, quick = gated(run), Client(run)
+        await turns()
+        publish(run, *texts)
+        await quick.until(texts[-1].encode())
+        while len(slow.sent) < 6:
+            slow.gate.let_through()
+            await turns(1)
+        await turns(10)
+        assert got(slow) == got(quick) == texts
+        await slow.leave()
+        await quick.leave()
+
+    asyncio.run(asyncio.wait_for(main(), 5))
+
+
+@pytest.mark.parametrize("delay", range(8))
+def test_an_event_for_a_client_that_has_just_left_harms_no_other(run, delay):
+    async def main():
+        other, client = Client(run, "b"), Client(run, "a")
+        await turns()
+        client.disconnect.set()
+        await turns(delay)
+        publish(run, "1")
+        await asyncio.wait_for(client.task, 10)
+        await turns(10)
+        publish(run, "2", channel="b")
+        await other.until(b"data: 2")
+        await other.leave()
+
+    asyncio.run(main())
+
+
+@pytest.mark.usefixtures("_small_batches")
+@pytest.mark.parametrize("delay", range(8))
+def test_events_for_clients_that_all_leave_in_the_middle_of_a_round_harm_no_other(run, delay):
+    async def main():
+        other = Client(run, "b")
+        clients = [Client(run, "a") for _ in range(NUMBER)]
+        await turns()
+        publish(run, "1")
+        await turns(1)
+        for client in clients:
+            client.disconnect.set()
+        publish(run, "2")
+        await turns(delay)
+        publish(run, "3")
+        await asyncio.wait([client.task for client in clients], timeout=10)
+        await turns(10)
+        publish(run, "4", channel="b")
+        await other.until(b"data: 4")
+        await other.leave()
+
+    asyncio.run(main())
+
+
+def test_a_mistake_of_ours_does_not_end_the_streams_of_a_loop(run, caplog, monkeypatch):
+    take_alike, take = Runtime.take_alike, Runtime.take
+    broken = []
+
+    def once(original):
+        def taking(*args, **kwargs):
+            if broken:
+                raise ZeroDivisionError(broken.pop())
+            return original(*args, **kwargs)
+
+        return taking
+
+    monkeypatch.setattr(Runtime, "take_alike", once(take_alike))
+    monkeypatch.setattr(Runtime, "take", once(take))
+
+    async def main():
+        clients, other = [Client(run) for _ in range(3)], Client(run, "b")
+        await turns()
+        broken.append("ours")
+        publish(run, "1")
+        await turns(10)
+        assert broken == []
+        publish(run, "2", channel="b")
+        await other.until(b"data: 2")
+        publish(run, "3")
+        for client in clients[1:]:
+            await client.until(b"data: 3")
+        for client in [*clients, other]:
+            client.disconnect.set()
+        await asyncio.wait([client.task for client in [*clients, other]], timeout=10)
+
+    asyncio.run(main())
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
 
 
 # --- the client leaves ---
@@ -512,6 +1007,26 @@ def test_an_error_of_send_before_there_is_anything_to_await_ends_that_stream_alo
     assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
 
 
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="inspect.markcoroutinefunction() came with 3.12")
+@pytest.mark.parametrize("fails", ["at the call", "with what it returns"])
+def test_a_send_that_only_says_that_it_is_a_coroutine_function_ends_that_stream_alone(run, ends, caplog, fails):
+    async def main():
+        def send(message):
+            return 1 / 0 if fails == "at the call" else "nothing to await"
+
+        client, other = Client(run, send=inspect.markcoroutinefunction(send)), Client(run)
+        publish(run, "1")
+        await asyncio.wait_for(client.task, 10)
+        publish(run, "2")
+        await other.until(b"data: 2")
+        assert got(other) == ["1", "2"]
+        await other.leave()
+
+    asyncio.run(main())
+    assert [reason for reason, *_ in ends] == ["error", "client"]
+    assert len([record for record in caplog.records if record.exc_info]) == 1
+
+
 def test_what_a_send_raises_when_its_client_has_left_is_nobodys_business(run, ends, caplog):
     async def main():
         async def send(message):
@@ -529,6 +1044,27 @@ def test_what_a_send_raises_when_its_client_has_left_is_nobodys_business(run, en
     asyncio.run(main())
     assert [reason for reason, *_ in ends] == ["client"]
     assert [record for record in caplog.records if record.exc_info] == []
+
+
+def test_a_client_to_which_nothing_can_be_sent_holds_no_publisher_up(run, monkeypatch):
+    """For the second for which its server may take to say that it has left."""
+    waits, wait = [], run._calm.wait
+    monkeypatch.setattr(run._calm, "wait", lambda timeout: waits.append(timeout) or wait(timeout))
+
+    async def main():
+        async def send(message):
+            raise ConnectionResetError("gone")
+
+        client = Client(run, send=send, max_events=100)
+        await turns()
+        publish(run, "1")
+        await turns(10)
+        assert not client.task.done()
+        await asyncio.to_thread(publish, run, *map(str, range(90)))
+        assert waits == []
+        await asyncio.wait_for(client.task, 10)
+
+    asyncio.run(main())
 
 
 # --- what is around the server's send() ---
@@ -588,6 +1124,217 @@ def test_send_runs_in_the_context_of_its_own_client(run):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "after a wait"])
+def test_what_send_does_at_the_call_happens_in_the_context_of_its_own_client(run, waits):
+    """It need be no coroutine function: one that stands around another may do its part and return that one's."""
+
+    async def main():
+        seen = []
+
+        async def sent():
+            if waits:
+                await asyncio.sleep(0)
+            seen.append(here.get())
+
+        def sender(name):
+            def send(message):
+                seen.append(here.get())
+                here.set(f"{here.get()}, {name} sending")
+                return sent()
+
+            return send
+
+        clients = []
+        for name in ("a", "b"):
+            here.set(name)
+            clients.append(Client(run, send=sender(name)))
+            await turns()
+        here.set("publisher")
+        publish(run, "1")
+        await soon(lambda: len(seen) == 4)
+        assert sorted(seen) == ["a", "a, a sending", "b", "b, b sending"]
+        publish(run, "2")
+        await soon(lambda: len(seen) == 8)
+        assert "a, a sending, a sending" in seen
+        for client in clients:
+            await client.leave()
+        assert not [text for text in seen if "a" in text.split(", ")[0] and "b sending" in text]
+        late = Client(run, send=sender("c"))
+        publish(run, "3")
+        await soon(lambda: len(seen) == 10)
+        assert seen[8:] == ["publisher", "publisher, c sending"]
+        await late.leave()
+
+    asyncio.run(main())
+
+
+def test_a_send_is_one_task_from_its_call_to_its_end_and_no_other_clients(run):
+    async def main():
+        seen = {}
+
+        def sender(name):
+            async def send(message):
+                task = asyncio.current_task()
+                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)
+                assert asyncio.current_task() is task
+                assert task not in seen.values()
+                seen[name] = task
+
+            return send
+
+        clients = [Client(run, send=sender(name)) for name in "abc"]
+        publish(run, "1")
+        await soon(lambda: len(seen) == 3)
+        for client in clients:
+            await client.leave()
+
+    asyncio.run(main())
+
+
+needs_311 = pytest.mark.skipif(sys.version_info < (3, 11), reason="asyncio.timeout() and TaskGroup came with 3.11")
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        pytest.param("timeout", marks=needs_311),
+        pytest.param("timeout that is over", marks=needs_311),
+        pytest.param("task group", marks=needs_311),
+        pytest.param("task group that fails", marks=needs_311),
+        "wait_for",
+        "wait_for that is over",
+        "context",
+        "lock",
+    ],
+)
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "after a wait"])
+def test_a_send_may_open_around_its_wait_what_belongs_to_a_task_and_a_context(run, caplog, around, waits):
+    """Middleware does so: with a limit in time for a send, a span of tracing, a lock for what it shares."""
+    lock = asyncio.Lock()
+
+    async def pause():
+        if waits:
+            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
+
+    async def fail():
+        raise KeyError("the group's")
+
+    async def group_that_fails():
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fail())
+            await asyncio.Event().wait()
+
+    async def middleware():
+        if around == "timeout":
+            async with asyncio.timeout(10):
+                await pause()
+        elif around == "timeout that is over":
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.001):
+                    await asyncio.Event().wait()
+            await pause()
+        elif around == "task group":
+            async with asyncio.TaskGroup() as group:
+                task = group.create_task(pause())
+                await pause()
+            assert task.done()
+        elif around == "task group that fails":
+            with pytest.raises(BaseExceptionGroup):  # noqa: F821  # of 3.11
+                await group_that_fails()
+            await pause()
+        elif around == "wait_for":
+            await asyncio.wait_for(pause(), 10)
+        elif around == "wait_for that is over":
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(asyncio.Event().wait(), 0.001)
+            await pause()
+        elif around == "context":
+            token = here.set("inside")
+            await pause()
+            assert here.get() == "inside"
+            here.reset(token)
+        else:
+            async with lock:
+                await pause()
+
+    async def main():
+        clients = []
+
+        def sender(number):
+            async def send(message):
+                assert here.get() == str(number)
+                await middleware()
+                assert here.get() == str(number)
+                clients[number].sent.append(message)
+
+            return send
+
+        for number in range(4):
+            here.set(str(number))
+            clients.append(Client(run, send=sender(number)))
+        here.set("nobody's")
+        clients.append(Client(run))
+        for text in ("1", "2", "3"):
+            publish(run, text)
+            await turns(10)
+        for client in clients:
+            await client.until(b"data: 3")
+            assert got(client) == ["1", "2", "3"]
+        for client in clients:
+            await client.leave()
+
+    asyncio.run(main())
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
+class Awaitable:
+    """What may be awaited, and is neither a coroutine nor a future."""
+
+    def __init__(self, coroutine):
+        self._coroutine = coroutine
+
+    def __await__(self):
+        return self._coroutine.__await__()
+
+
+@pytest.mark.parametrize("kind", ["object", "future", "task"])
+@pytest.mark.parametrize("waits", [False, True], ids=["done", "not done"])
+def test_what_send_returns_need_not_be_a_coroutine(run, kind, waits):
+    async def main():
+        client, other = Client(run, send=lambda message: send(message)), Client(run)
+
+        async def sending(message):
+            if waits:
+                await asyncio.sleep(0.001)
+            client.sent.append(message)
+
+        def send(message):
+            if kind == "object":
+                return Awaitable(sending(message))
+            if kind == "task":
+                return asyncio.ensure_future(sending(message))
+            future = asyncio.get_running_loop().create_future()
+            client.sent.append(message)
+            if waits:
+                asyncio.get_running_loop().call_later(0.001, future.set_result, None)
+            else:
+                future.set_result(None)
+            return future
+
+        for text in ("1", "2", "3"):
+            publish(run, text)
+            await turns(3)
+        await client.until(b"data: 3")
+        await other.until(b"data: 3")
+        assert got(client) == got(other) == ["1", "2", "3"]
+        await client.leave()
+        await other.leave()
+
+    asyncio.run(main())
+
+
 def test_an_async_iterator_runs_in_the_context_of_its_own_client(run):
     async def main():
         async def steps():
@@ -632,6 +1379,100 @@ def test_the_pump_keeps_nothing_of_its_first_client(run):
         gc.collect()
         assert (thing(), stream()) == (None, None)
         await other.leave()
+
+    asyncio.run(main())
+
+
+# --- eager tasks ---
+
+needs_eager_tasks = pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with 3.12")
+
+
+@needs_eager_tasks
+def test_a_client_is_sent_one_thing_at_a_time_with_eager_tasks_too(run):
+    texts = [f"{number}".zfill(3) * 10_000 for number in range(10)]
+
+    async def main():
+        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+        clients = [gated(run) for _ in range(3)]
+        publish(run, *texts)
+        await turns(10)
+        while any(len(client.sent) < 4 for client in clients):  # 3 events of 30 kB are more than 64 KiB
+            for client in clients:
+                client.gate.let_through()
+            await turns(3)
+        assert [got(client) for client in clients] == [texts] * 3
+        for client in clients:
+            await client.leave()
+
+    asyncio.run(main())
+
+
+@needs_eager_tasks
+def test_the_clock_goes_on_with_eager_tasks_too(run):
+    async def main():
+        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+        doors = [Door() for _ in range(5)]
+        clients = [Client(run, send=door, heartbeat=0.2) for door in doors]
+        await turns()
+        publish(run, "1")
+        await soon(lambda: all(door.waiting for door in doors))
+        for door in doors:
+            door.open()
+        await soon(lambda: all(b":\n\n" in door.body for door in doors), timeout=3)
+        late = Client(run, heartbeat=0.2)
+        await late.until(b":\n\n")
+        assert late.delivery._pump is clients[0].delivery._pump
+        for client in [*clients, late]:
+            await client.leave()
+        await turns()
+        assert tasks() == set()
+
+    asyncio.run(main())
+
+
+@needs_eager_tasks
+def test_many_clients_may_have_to_wait_at_one_time_with_eager_tasks_too(run, caplog):
+    async def main():
+        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+        clients = [gated(run) for _ in range(500)]
+        quick = Client(run)
+        await turns()
+        publish(run, "1")
+        await quick.until(b"data: 1")
+        await soon(lambda: all(client.gate.waiting for client in clients))
+        for client in clients:
+            client.gate.let_through()
+        await soon(lambda: all(client.sent for client in clients))
+        for client in [*clients, quick]:
+            client.disconnect.set()
+        await asyncio.wait([client.task for client in [*clients, quick]], timeout=10)
+
+    asyncio.run(main())
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
+@pytest.mark.parametrize("eager", [False, pytest.param(True, marks=needs_eager_tasks)], ids=["plain", "eager"])
+def test_an_iterator_that_finishes_while_its_client_is_slow_finishes_the_response(run, eager):
+    async def main():
+        if eager:
+            asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+        door, go, gone = Door(at=b":\n\n"), asyncio.Event(), []
+
+        async def steps():
+            try:
+                yield b"only"
+                await go.wait()
+            finally:
+                gone.append(asyncio.current_task())
+
+        client = Client(run, steps=steps(), send=door, heartbeat=0.1)
+        await soon(lambda: door.waiting)
+        go.set()
+        await soon(lambda: gone and gone[0].done())
+        door.open()
+        await asyncio.wait_for(client.task, 2)
+        assert [message["body"] for message in door.sent] == [b"only", b":\n\n", b""]
 
     asyncio.run(main())
 
@@ -1089,3 +1930,135 @@ def test_each_loop_has_a_pump_of_its_own(run):
         thread.join(10)
     assert failed == []
     assert _Pump._pumps == {}
+
+
+# --- whatever happens ---
+
+SLOWNESS = st.sampled_from(["at once", "turns", "later", "object", "future"])
+STEP = st.one_of(
+    st.tuples(st.just("join"), st.sampled_from(["a", "a", "b", "ab"]), SLOWNESS, st.booleans()),
+    st.tuples(st.just("publish"), st.sampled_from("aab"), st.integers(1, 12), st.booleans()),
+    st.tuples(st.just("turns"), st.integers(1, 6)),
+    st.tuples(st.just("sleep")),
+    st.tuples(st.sampled_from(["leave", "end", "write", "fail"]), st.integers(0, 30)),
+)
+
+
+class Story:
+    """Clients that come and go while events are published, and what each of them must have been sent."""
+
+    def __init__(self, run, seed):
+        self.run = run
+        self.random = random.Random(seed)
+        self.clients = []
+        self.published = 0
+
+    async def join(self, channels, slowness, alike):
+        self.run.alike = alike
+        client = Client(self.run, *channels, first=[b"event: \ndata: first\n\n"], send=lambda message: send(message))
+        client.channels = channels
+        client.expected, client.written = ["first"], []
+        client.state = "there"
+        client.broken = False
+        self.clients.append(client)
+
+        async def sending(message):
+            for _ in range(self.random.randint(0, 4) if slowness != "at once" else 0):
+                await asyncio.sleep(0)
+            if slowness == "later" and self.random.random() < 0.5:
+                await asyncio.sleep(0.001)
+            if client.broken:
+                raise BrokenPipeError("gone")
+            client.sent.append(message)
+
+        def send(message):
+            assert not client.task.done()
+            if slowness == "object":
+                return Awaitable(sending(message))
+            return asyncio.ensure_future(sending(message)) if slowness == "future" else sending(message)
+
+    async def publish(self, channel, count, in_thread):
+        texts = [f"{channel}{self.published + number}" for number in range(count)]
+        self.published += count
+        for client in self.clients:
+            if channel in client.channels and client.state != "ended":  # one that leaves may still be sent some
+                client.expected += texts
+        if in_thread:
+            await asyncio.to_thread(publish, self.run, *texts, channel=channel)
+        else:
+            publish(self.run, *texts, channel=channel)
+
+    async def turns(self, number):
+        await turns(number)
+
+    async def sleep(self):
+        await asyncio.sleep(0.002)
+
+    def one(self, number):
+        """One of the clients that are there."""
+        there = [client for client in self.clients if client.state == "there"]
+        return there[number % len(there)] if there else None
+
+    async def leave(self, number):
+        if client := self.one(number):
+            client.state = "left"
+            client.disconnect.set()
+
+    async def fail(self, number):
+        if client := self.one(number):
+            client.state = "left"
+            client.broken = True
+
+    async def end(self, number):
+        if client := self.one(number):
+            client.state = "ended"
+            client.stream.end("max_age")
+
+    async def write(self, number):
+        if client := self.one(number):
+            client.written.append(f"own {len(client.written)}")
+            client.sse.add_message("own", client.written[-1])
+
+    async def is_told(self, steps):
+        for name, *arguments in steps:
+            await getattr(self, name)(*arguments)
+        await self.publish("a", 1, False)
+        await self.publish("b", 1, False)
+        there = [client for client in self.clients if client.state == "there"]
+        ended = [client for client in self.clients if client.state == "ended"]
+        for client in there:
+            await soon(lambda client=client: client.expected[-1].encode() in client.body, timeout=2)
+        await asyncio.wait([client.task for client in ended] or [asyncio.ensure_future(turns(1))], timeout=10)
+        await turns(10)
+        for client in self.clients:
+            texts = got(client)
+            events = [text for text in texts if not text.startswith("own")]
+            written = [text for text in texts if text.startswith("own")]
+            if client.state == "left":
+                assert events == client.expected[: len(events)]
+                assert written == client.written[: len(written)]
+            else:
+                assert events == client.expected
+                assert written == client.written[: len(written)]
+                assert client.state == "ended" or written == client.written
+                assert (client.sent[-1] == END) == (client.state == "ended")
+            client.disconnect.set()
+        await asyncio.wait([client.task for client in self.clients] or [asyncio.ensure_future(turns(1))], timeout=10)
+        await turns()
+        assert [client.task.exception() for client in self.clients] == [None] * len(self.clients)
+        await soon(lambda: tasks() == set())
+        assert self.run.stats() == {"channels": 0, "subscriptions": 0}
+
+
+@given(steps=st.lists(STEP, min_size=5, max_size=40), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=100)
+def test_every_client_gets_what_was_published_while_it_was_there_once_and_in_order(steps, seed):
+    """In batches of three clients, and chunks of about three events."""
+    run = Runtime(MemoryBroker())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pump, "BATCH", 3)
+        patch.setattr(pump, "GONE", 0.01)
+        for module in (pump, feeds):
+            patch.setattr(module, "CHUNK_BYTES", 50)
+        asyncio.run(Story(run, seed).is_told(steps))
+    run.close()

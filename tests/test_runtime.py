@@ -275,6 +275,76 @@ def test_a_client_that_takes_in_small_bites_is_waited_for_until_it_is_less_crowd
     assert not listener.subscription.slow
 
 
+def test_several_clients_take_the_same_bytes_together(run):
+    one, two = run.open(["a"], **BOUNDS), run.open(["a"], **BOUNDS)
+    other = run.open(["a", "b"], **BOUNDS)
+    assert one.audience is two.audience
+    assert one.audience is not other.audience
+    run.deliver([("a", payload("1")), ("a", payload("2"))])
+    (chunk_one, chunk_two), more = one.take_alike([one, two], 1000)
+    assert chunk_one is chunk_two
+    assert (chunk_one, more) == (b"event: \ndata: 1\n\nevent: \ndata: 2\n\n", False)
+    run.deliver([("a", payload("3")), ("a", payload("4"))])
+    assert two.take_alike([two], 1) == ([b"event: \ndata: 3\n\n"], True)
+    assert texts(two.take()) == ["4"]
+    assert texts(one.take()) == ["3", "4"]
+    assert (one.events, two.events, two.bytes_alike) == (4, 4, len(chunk_two) * 3 // 2)
+
+
+def test_clients_that_are_crowded_are_waited_for_until_they_have_taken_together(run, monkeypatch):
+    monkeypatch.setattr(runtime, "PATIENCE", 30)
+    listeners = [run.open(["a"], max_events=8, max_bytes=1024) for _ in range(3)]
+    for listener in listeners:
+        listener.wake_by(never)
+        listener.share(never)
+        listener.mark(slow=False)
+    delivery = threading.Thread(
+        target=run.deliver, args=([("a", payload(str(number))) for number in range(5)],), daemon=True
+    )
+    delivery.start()
+    until(lambda: len(run._crowded) == 3, what="the wait")
+    listeners[0].take_alike(listeners, 1000)
+    delivery.join(10)
+    assert not delivery.is_alive()
+    assert [listener.subscription.slow for listener in listeners] == [False] * 3
+
+
+def test_one_bell_rings_for_all_that_name_it_at_every_event(run):
+    listeners = [run.open(["a", "b"], **BOUNDS) for _ in range(3)]
+    alone, rings, wakes = run.open(["a", "b"], **BOUNDS), [], []
+    alone.wake_by(lambda: wakes.append("alone"))
+
+    def ring():
+        rings.append("ring")
+
+    for listener in listeners:
+        listener.wake_by(lambda: wakes.append("shared"))
+        listener.share(ring)
+    for number in range(3):
+        run.deliver([("a", payload(str(number))), ("b", payload(str(number)))])
+        assert len(rings) == number + 1
+        assert all(texts(listener.take()) == [str(number)] * 2 for listener in listeners)
+    assert wakes == ["alone"]
+    listeners[0].close()
+    assert wakes == ["alone", "shared"]  # its end is its own
+    run.deliver([("a", payload("more"))])
+    assert len(rings) == 4
+    listeners[1].unshare(ring)
+    run.deliver([("a", payload("and more"))])
+    assert len(rings) == 4
+
+
+def test_a_client_that_begins_to_take_late_is_paced_from_more_than_half_a_mailbox_on(run, waits):
+    listener = run.open(["a"], max_events=100, max_bytes=10_000)
+    for number in range(53):
+        run.deliver([("a", payload(str(number)))])
+    assert waits == []
+    listener.wake_by(never)
+    run.deliver([("a", payload("53"))])
+    assert waits == [False]
+    assert listener.subscription.slow
+
+
 @pytest.mark.parametrize("bad", [b"\xff", b"no json", b"[1]", b'["a"]', b'["a\\nb", "c"]', b"{}", "[" * 100_000])
 def test_a_payload_that_is_no_event_is_logged_with_its_channel_and_skipped(run, broker, caplog, bad):
     listener = run.open(["room"], **BOUNDS)

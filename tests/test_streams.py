@@ -16,12 +16,13 @@ from django_sse import feeds, streams
 from django_sse.brokers.memory import MemoryBroker
 from django_sse.event import encode_payload
 from django_sse.exceptions import BrokerUnavailable
-from django_sse.feeds import LATE, Source
+from django_sse.feeds import LATE, Source, flush_sse
 from django_sse.inbox import Mailboxes
 from django_sse.registry import Account, Registry, StreamInfo, open_streams
 from django_sse.runtime import Runtime
 from django_sse.signals import stream_closed, stream_opened
 from django_sse.streams import JITTER, Stream
+from django_sse.wire import Sse
 from django_sse.workers import Workers, in_worker
 from tests.helpers.cells import ASKED, BESIDE, STEPPED, WAITING, as_given, cells, make
 from tests.helpers.loops import needs_loops, soon
@@ -1407,6 +1408,62 @@ def test_taking_gives_what_there_is_and_rings_for_the_rest(run, open_stream, tol
         reader._loop.run_until_complete(reader.stream.settle_on_loop())
     assert told.line(reader).reason == "client"
     assert told.closed[0]["thread"] != threading.get_ident()
+
+
+class Seen:
+    """A view, of which a stream needs the buffer alone."""
+
+    def __init__(self):
+        self.sse = Sse()
+        list(self.sse)
+
+    def source(self, mailbox, **options):
+        return Source(None, lambda value: flush_sse(self.sse), mailbox=mailbox, **options)
+
+
+@needs_loops
+def test_a_mailbox_may_be_taken_from_past_its_stream_where_the_buffer_can_be_looked_at(workers, read, mailbox):
+    view = Seen()
+    stream = Stream(view.source(mailbox, buffer=lambda: view.sse), workers, on_loop=True)
+    assert (stream.mailbox, stream.buffer) == (None, None)  # the view may still do anything
+    reader = read(stream, on_loop=True)
+    reader.call(stream.outside)
+    assert stream.mailbox is mailbox
+    assert stream.buffer is view.sse
+
+
+@needs_loops
+def test_a_mailbox_is_not_taken_from_past_a_stream_that_makes_its_chunks(workers, read, mailbox):
+    view = Seen()
+    for source in (
+        view.source(mailbox),  # with a flush() of its own
+        Source(iter(()), lambda value: (), buffer=lambda: view.sse),
+        Source(None, lambda value: (), mailbox=mailbox),
+    ):
+        stream = Stream(source, workers, on_loop=True)
+        reader = read(stream, on_loop=True)
+        reader.call(stream.outside)
+        assert stream.mailbox is None
+
+
+@needs_loops
+def test_bytes_that_were_taken_past_the_stream_are_counted(run, workers, read, mailbox, told):
+    view = Seen()
+    source = view.source(mailbox, buffer=lambda: view.sse, mailboxes=opened(mailbox))
+    stream = Stream(source, workers, on_loop=True, account=make_account())
+    reader = read(stream, on_loop=True)
+    reader.call(stream.for_server().outside)
+    reader._loop.run_until_complete(stream.begin_on_loop())
+    publish(run, "1", "2")
+    assert reader.call(stream.take)
+    publish(run, "3")
+    (chunk,), _ = mailbox.take_alike([mailbox], 1000)
+    stream.count(len(chunk))
+    stream.shut("client")
+    reader._loop.run_until_complete(stream.settle_on_loop())
+    line = told.line(reader)
+    assert (line.events, line.bytes) == (3, 3 * len(b"event: \ndata: 1\n\n"))
+    Stream(Source(iter(()), as_given), workers, on_loop=False).count(5)  # one without an account counts for nobody
 
 
 @needs_loops
