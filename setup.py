@@ -15,6 +15,9 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "django_sse" / "__init__.
 GEVENT = ["gevent>=24.2"]
 UVICORN = ["uvicorn[standard]>=0.30"]
 
+# What serves ours in `python -m benchmarks`; its peers are installed apart, by the benchmarks themselves.
+BENCHMARKS = [*GEVENT, *UVICORN, "gunicorn>=25.1", "hiredis>=3.0"]
+
 # Every server and browser the test matrix runs; a missing one is a failure in CI.
 TEST = [
     *GEVENT,
@@ -22,6 +25,7 @@ TEST = [
     "build",
     "coverage[toml]>=7.10",  # measures child processes by itself since then
     "daphne>=4.1",
+    "docutils>=0.21",
     "fakeredis>=2.26",
     "granian>=2.0",
     "gunicorn>=25.1",
@@ -52,6 +56,7 @@ setup(
         "gevent": GEVENT,
         "uvicorn": UVICORN,
         "hiredis": ["hiredis>=3.0"],
+        "benchmarks": BENCHMARKS,
         "test": TEST,
         "lint": LINT,
     },

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "dev"
+ALL = "redis-server chromium openssl postgresql build-essential libnginx-mod-nchan npm"
 
 
 @pytest.fixture
@@ -139,15 +140,16 @@ def test_each_server_starts_from_the_extra_that_brings_it(dev, monkeypatch):
 def test_what_is_missing_is_named_with_the_way_to_get_it(bare, capsys):
     bare.programs()
     assert capsys.readouterr().out == (
-        "dev: missing: redis-server chromium openssl; get it with: apt-get install redis-server chromium openssl "
-        "(elsewhere: brew install redis; any Chrome or Chromium; brew install openssl); "
+        f"dev: missing: {ALL}; get it with: apt-get install {ALL} "
+        "(elsewhere: brew install redis; any Chrome or Chromium; brew install openssl; brew install postgresql; "
+        "any C compiler that is called cc; https://nchan.io/#install; https://nodejs.org/); "
         "the tests that need it are skipped\n"
     )
 
 
 def test_what_is_missing_in_ci_ends_the_command(bare, monkeypatch):
     monkeypatch.setenv("CI", "true")
-    with pytest.raises(bare.Stop, match="missing: redis-server chromium openssl; get it with") as caught:
+    with pytest.raises(bare.Stop, match=f"missing: {ALL}; get it with") as caught:
         bare.programs()
     assert caught.value.code == 1
 
@@ -155,7 +157,8 @@ def test_what_is_missing_in_ci_ends_the_command(bare, monkeypatch):
 def test_only_the_part_that_is_missing_is_named(bare, capsys, tmp_path):
     server = program(tmp_path, "redis-server")
     assert bare.programs()["DJANGO_SSE_REDIS_SERVER"] == server
-    assert "missing: chromium openssl; get it with: apt-get install chromium openssl (" in capsys.readouterr().out
+    others = ALL.removeprefix("redis-server ")
+    assert f"missing: {others}; get it with: apt-get install {others} (" in capsys.readouterr().out
 
 
 def test_a_part_may_be_pointed_to(bare, monkeypatch, tmp_path):
@@ -163,6 +166,16 @@ def test_a_part_may_be_pointed_to(bare, monkeypatch, tmp_path):
     assert bare.find(bare.CHROMIUM) == str(tmp_path / "my-browser")
     monkeypatch.setenv("DJANGO_SSE_CHROMIUM", "no-such-browser")
     assert bare.find(bare.CHROMIUM) is None
+
+
+def test_a_part_may_lie_where_path_does_not_lead(bare, tmp_path):
+    part = bare.POSTGRESQL._replace(programs=("postgres", f"{tmp_path}/*/bin/postgres"))
+    assert bare.find(part) is None
+    folder = tmp_path / "15" / "bin"
+    folder.mkdir(parents=True)
+    assert bare.find(part) is None
+    server = program(folder, "postgres")
+    assert bare.find(part) == server
 
 
 def test_one_who_is_not_root_installs_nothing(bare):
@@ -175,7 +188,7 @@ def test_root_on_debian_installs_what_is_missing_at_once(bare, monkeypatch, tmp_
     monkeypatch.setattr(bare.os, "geteuid", lambda: 0)
     monkeypatch.setattr(bare, "apt_install", asked.append)
     bare.install_system(bare.PARTS)
-    assert asked == [["redis-server", "chromium", "openssl"]]
+    assert asked == [ALL.split()]
 
 
 def test_without_the_venv_package_there_is_one_clear_line(bare, monkeypatch):

@@ -72,7 +72,8 @@ def test_the_sdist_holds_all_that_is_needed_to_build_and_test(dist):
         held = {name.partition("/")[2] for name in archive.getnames() if archive.getmember(name).isfile()}
     single = {"dev", "setup.py", "pyproject.toml", "tox.ini", "MANIFEST.in", "LICENSE"}
     prose = {"README.rst", "CHANGELOG.rst", "CONTRIBUTING.rst"}
-    folders = files("django_sse") | files("tests") | files("example_project") | files(".ci") | files("docs")
+    grafted = ("django_sse", "benchmarks", "tests", "example_project", ".ci", "docs")
+    folders = {name for folder in grafted for name in files(folder)}
     made = {"PKG-INFO", "setup.cfg"} | {name for name in held if name.startswith("django_sse.egg-info/")}
     assert held == single | prose | folders | made
 
@@ -86,7 +87,9 @@ def test_the_metadata_promise_what_is_tested(wheel):
     assert metadata.get_payload() == (ROOT / "README.rst").read_text("utf-8")
     needed = [line for line in metadata.get_all("Requires-Dist") if "extra" not in line]
     assert sorted(needed) == ["Django>=5.2", "redis>=5", "sse>=1.2"]
-    assert set(metadata.get_all("Provides-Extra")) == {"gevent", "uvicorn", "hiredis", "test", "lint"}
+    assert set(metadata.get_all("Provides-Extra")) == {
+        *("gevent", "uvicorn", "hiredis", "benchmarks", "test", "lint"),
+    }
 
 
 def test_the_wheel_works_in_an_empty_environment(wheel, tmp_path):
