@@ -119,9 +119,14 @@ class Source:
 
     def frames(self, taken: list[tuple[Event, bytes]]) -> Chunk:
         """Return what is sent for the events taken from the mailbox: a heartbeat where there are none."""
-        rest = self.flush(None) if self.detached is None else flush_sse(self.detached)
+        # On the way of every event: mostly one frame, and nothing in the buffer.
+        rest: Iterable[Chunk] = ()
+        if self.detached is None:
+            rest = self.flush(None)
+        elif self.detached._buffer:
+            rest = flush_sse(self.detached)
         if len(taken) == 1 and not rest:
-            return self.out(taken[0][1])
+            return self.out(taken[0][1]) if self.text else taken[0][1]
         frames = [frame for _, frame in taken] or [HEARTBEAT]
         frames += [chunk.encode() if isinstance(chunk, str) else chunk for chunk in rest]
         return self.out(b"".join(frames))
@@ -171,6 +176,10 @@ class Feed(Protocol):
     @property
     def events(self) -> int:
         """How many events, or steps that sent something, were taken."""
+
+    @property
+    def drained(self) -> bool:
+        """Whether it is known, without asking, that there is nothing to take before it rings."""
 
     def ring_by(self, ring: Callable[[], None]) -> None:
         """Have ``ring`` called, by any thread, when there is something to take or the end has come."""
@@ -302,6 +311,8 @@ class _AsyncSteps:
 class _Here:
     """A sync iterator under a server of threads: stepped by the server's thread, which waits for nothing else."""
 
+    drained = False
+
     def __init__(self, source: Source, workers: Workers) -> None:
         self._steps = _SyncSteps(source)
         self.ended: str | None = None
@@ -344,6 +355,8 @@ class _Here:
 
 class _Working(ABC):
     """A feed whose steps happen elsewhere: what a thread's and a task's have in common."""
+
+    drained = False
 
     def __init__(self) -> None:
         self.ended: str | None = None
@@ -558,6 +571,10 @@ class Mail:
     @property
     def events(self) -> int:
         return self.mailbox.events
+
+    @property
+    def drained(self) -> bool:
+        return self.mailbox.drained
 
     def ring_by(self, ring: Callable[[], None]) -> None:
         self.mailbox.wake_by(ring)

@@ -76,6 +76,8 @@ class EventStreamResponse(StreamingHttpResponse):
         self._is_sent = False
         self._body = _Body(stream)
         super().__init__(self._body, content_type="text/event-stream")
+        # Whether nobody has taken the chunks, or put others in their place.
+        self._is_untouched = True
         self._handover = handover
         if handover is not None:
             handover.offer(stream)
@@ -89,21 +91,24 @@ class EventStreamResponse(StreamingHttpResponse):
     @property
     def streaming_content(self) -> Any:
         """The chunks. Whoever takes them, or puts others in their place, has them sent by Django's handler."""
-        self._handover = None
+        self._is_untouched = False
         return StreamingHttpResponse.streaming_content.fget(self)  # type: ignore[union-attr]
 
     @streaming_content.setter
     def streaming_content(self, value: Any) -> None:
-        self._handover = None
+        self._is_untouched = False
         StreamingHttpResponse.streaming_content.fset(self, value)  # type: ignore[union-attr]
 
     def __aiter__(self) -> AsyncIterator[bytes]:
+        if not self._is_untouched:
+            return super().__aiter__()
         # A middleware's own response may draw on this one just now, and must see what it asked for.
         if self._handover is not None and self._is_sent:
             self._handover.take(self._body.stream)
             self._body.taken = True
             return _Nothing()
-        return super().__aiter__()
+        # As they are: Django's generators around them would cost a fifth of each delivery.
+        return aiter(self._body)
 
 
 class _Body:

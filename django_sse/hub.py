@@ -93,6 +93,11 @@ class Subscription:
         return self._place.number - self._start
 
     @property
+    def drained(self) -> bool:
+        """Whether nothing waits, and it need not come in vain to be known to have caught up."""
+        return self._place.next is None and self.ended is None and not self.slow
+
+    @property
     def bytes_alike(self) -> int:
         """How many bytes were taken by ``Audience.advance()``."""
         return self._place.size - self._size

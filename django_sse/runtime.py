@@ -77,7 +77,7 @@ class Runtime:
     def deliver(self, batch: Iterable[tuple[str, Payload]]) -> None:
         """Decode and encode each payload once, and put it into the mailboxes of its channel. For the broker."""
         self._reap()
-        wake: dict[Callable[[], None], None] = {}
+        wake: list[Callable[[], None]] = []
         for channel, payload in batch:
             try:
                 event = decode_payload(payload)
@@ -93,14 +93,14 @@ class Runtime:
                     self.broker.unsubscribe(idle)
                 self._crowded.update(outcome.crowded)
                 self._crowded.difference_update(outcome.overflowed)
-            wake.update(dict.fromkeys(outcome.wake))
+            wake += outcome.wake
             if outcome.overflowed:
                 log.warning(
                     "%d stream(s) on channel %r are ended: overflow; their clients do not take their events.",
                     len(outcome.overflowed),
                     channel,
                 )
-                wake.update((ended.wake, None) for ended in outcome.overflowed if ended.wake is not None)
+                wake += [ended.wake for ended in outcome.overflowed if ended.wake is not None]
             if self._crowded:
                 _ring(wake)
                 wake.clear()
@@ -257,6 +257,11 @@ class Listener:
         return self.subscription.events
 
     @property
+    def drained(self) -> bool:
+        """Whether all was taken, so that it is rung for when there is more. Asked without the lock."""
+        return self.subscription.drained
+
+    @property
     def bytes_alike(self) -> int:
         """How many bytes were taken together with others."""
         return self.subscription.bytes_alike
@@ -304,7 +309,7 @@ class Listener:
 
 
 def _ring(wake: Iterable[Callable[[], None]]) -> None:
-    for ring in wake:
+    for ring in dict.fromkeys(wake):
         ring()
 
 

@@ -127,11 +127,13 @@ class Stream:
             bell = self._thread_bell = threading.Event()
             self._make_feed(on_loop=False).ring_by(bell.set)
         while True:
-            bell.clear()
-            chunk = self.take()
-            if chunk is None and self._over:
-                self._settle()
-                raise StopIteration
+            chunk = None
+            if bell.is_set() or not self._drained():
+                bell.clear()
+                chunk = self.take()
+                if chunk is None and self._over:
+                    self._settle()
+                    raise StopIteration
             if chunk is None and not bell.wait(self._patience()):
                 chunk = self.silence()
             if chunk:
@@ -144,26 +146,52 @@ class Stream:
 
     async def __anext__(self) -> Chunk:
         self._given = None
-        if not self._begun:
-            self._begun = True
-            if self.account is not None:
-                await self._begin_in_handler()
         bell = self._loop_bell
         if bell is None:
-            bell = self._loop_bell = LoopBell()
-            self._make_feed(on_loop=True).ring_by(bell.ring)
+            bell = await self._get_bell()
         while True:
-            bell.clear()
-            chunk = self.take()
-            if chunk is None and self._over:
-                await self.settle_on_loop()
-                await self.unwound()
-                raise StopAsyncIteration
-            if chunk is None and not await self._rung(bell):
+            chunk = None
+            if bell.rung or not self._drained():
+                bell.rung = False
+                chunk = self.take()
+            if not chunk:
+                if self._over:
+                    await self.settle_on_loop()
+                    await self.unwound()
+                    raise StopAsyncIteration
+                if not bell.rung:
+                    # Awaited here, for it is on the way of every event.
+                    future = bell.begin(self._patience())
+                    try:
+                        await future
+                    except asyncio.CancelledError:
+                        await self._cancelled()
+                        raise
+                    finally:
+                        bell.end()
+                if bell.rung:
+                    continue
                 chunk = self.silence()
             if chunk:
                 self._given = time.monotonic()
                 return chunk
+
+    async def _get_bell(self) -> LoopBell:
+        if not self._begun:
+            self._begun = True
+            if self.account is not None:
+                await self._begin_in_handler()
+        bell = self._loop_bell = LoopBell()
+        self._make_feed(on_loop=True).ring_by(bell.ring)
+        return bell
+
+    async def _cancelled(self) -> None:
+        if self.account is not None:  # the request has ended, by whatever way of Django or the server
+            self.shut()
+            await self.unwound()
+
+    async def aclose(self) -> None:
+        """Do nothing: Django closes what it has iterated, and then the response, which ends the stream."""
 
     def outside(self) -> Stream:
         """Get ready to be delivered outside of Django's handler. In the event loop."""
@@ -194,7 +222,7 @@ class Stream:
         return self._source.detached
 
     def count(self, size: int) -> None:
-        """Add to the account ``size`` bytes that were taken from the mailbox."""
+        """Add ``size`` bytes to the account."""
         if self.account is not None:
             self.account.bytes += size
 
@@ -217,27 +245,18 @@ class Stream:
             self.close()
             raise
 
-    async def _rung(self, bell: LoopBell) -> bool:
-        try:
-            return await bell.wait(self._patience())
-        except asyncio.CancelledError:
-            if self.account is not None:  # the request has ended, by whatever way of Django or the server
-                self.shut()
-                await self.unwound()
-            raise
-
     # -- what comes -----------------------------------------------------------------------------------------------
 
     def take(self) -> Chunk | None:
         """Return the next chunk if there is one: ``None`` until the feed rings, and when the stream is ``over``."""
         chunk = self._take()
-        if chunk is not None:
-            self._count(chunk)
+        if chunk is not None and self.account is not None:
+            self.account.bytes += len(chunk) if isinstance(chunk, bytes) else len(chunk.encode())
         return chunk
 
-    def _count(self, chunk: Chunk) -> None:
-        if self.account is not None:
-            self.account.bytes += len(chunk) if isinstance(chunk, bytes) else len(chunk.encode())
+    def _drained(self) -> bool:
+        """Whether the feed will ring before ``take()`` has something to give."""
+        return self._first is None and self._feed is not None and self._feed.drained
 
     def _take(self) -> Chunk | None:
         if self._first is not None:
@@ -280,7 +299,7 @@ class Stream:
         if self._source.heartbeat is None:
             return None
         chunk = self._source.silence()
-        self._count(chunk)
+        self.count(len(chunk))
         return chunk
 
     def _patience(self) -> float | None:
@@ -300,6 +319,7 @@ class Stream:
     # -- beginning and end ----------------------------------------------------------------------------------------
 
     def _begin(self, account: Account) -> None:
+        self._source.detach()
         account.open()
         shutdown.at_stream()
         if self._max_age is not None:

@@ -690,6 +690,25 @@ def test_a_client_that_does_not_read_overflows_and_is_told_the_end_once_it_reads
     assert [reason for reason, *_ in ends] == ["overflow", "client"]
 
 
+def test_a_burst_that_finds_all_of_them_slow_arrives_though_nothing_follows(run):
+    """Published in the loop itself, which cannot wait for its own clients: they are slow when they are crowded."""
+    texts = [str(number) for number in range(8)]
+
+    async def main():
+        clients = [Client(run, max_events=10) for _ in range(3)]
+        await turns()
+        for round_ in range(3):
+            publish(run, *texts)
+            assert all(client.mailbox.subscription.slow for client in clients)
+            await soon(lambda count=round_ + 1: all(len(got(client)) == 8 * count for client in clients), timeout=2)
+            assert not any(client.mailbox.subscription.slow for client in clients)
+        assert [got(client) for client in clients] == [texts * 3] * 3
+        for client in clients:
+            await client.leave()
+
+    asyncio.run(main())
+
+
 def test_more_than_a_chunk_for_many_is_sent_in_several_and_in_order(run):
     texts = [f"{number}".zfill(5) * 8_000 for number in range(6)]
 
@@ -1842,6 +1861,29 @@ def test_nothing_is_left_when_the_last_client_has_gone(run):
         gc.collect()
         assert [stream() for stream in streams] == 3 * [None]
         assert loop_pump() is None
+
+    asyncio.run(main())
+
+
+def test_nobody_rings_for_clients_that_have_gone(run):
+    """Although others, of another loop or of a server's thread, still listen to the same."""
+
+    async def main():
+        clients = [Client(run) for _ in range(2)]
+        await turns()
+        other = run.open(["a"], max_events=10_000, max_bytes=10_000_000)
+        assert other.audience is clients[0].mailbox.audience
+        await clients[0].leave()
+        publish(run, "1")
+        await clients[1].until(b"data: 1")
+        loop_pump = weakref.ref(_Pump.of_running_loop())
+        await clients[1].leave()
+        await turns()
+        assert not other.audience.bells
+        clients.clear()
+        gc.collect()
+        assert loop_pump() is None
+        other.close()
 
     asyncio.run(main())
 
