@@ -64,6 +64,7 @@ class Delivery(LoopBell):
         "_unwound",
         "buffer",
         "context",
+        "is_native",
         "last_sent",
         "mailbox",
         "send",
@@ -74,7 +75,9 @@ class Delivery(LoopBell):
     def __init__(self, stream: Stream, send: Callable[[Any], Awaitable[None]]) -> None:
         super().__init__()
         self._stream = stream
-        self.send = send if inspect.iscoroutinefunction(send) else _coroutines(send)
+        #: Whether ``send()`` is a coroutine function.
+        self.is_native = inspect.iscoroutinefunction(send)
+        self.send: Send = send if self.is_native else _coroutines(send)  # type: ignore[assignment]
         self._pump: _Pump
         #: What stands around the server's send(), tracing for instance, may keep things of its request in it.
         self.context = contextvars.copy_context()
@@ -491,7 +494,12 @@ class _Pump:
                 except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # whatever it is, it is the client's
                     delivery.failed(error)
                     continue
-                # What ``sending`` has opened, a timeout for instance, belongs to the task that it has begun in.
+                if not delivery.is_native:
+                    # Some servers have an awaitable that always waits, and opens nothing: any task will do for it.
+                    waiting = delivery.wait_for_client(sending, waits_for)
+                    delivery.block(asyncio.Task(waiting, loop=self._loop))
+                    continue
+                # What a coroutine has opened, a timeout for instance, belongs to the task that it has begun in.
                 delivery.block(asyncio.current_task())
                 self._go_on()
                 await delivery.wait_for_client(sending, waits_for)

@@ -58,6 +58,8 @@ class RedisBroker(Broker):
         #: Guards everything below, and is notified of every change a waiter may wait for.
         self._state = threading.Condition()
         self._wanted: set[str] = set()
+        # Those that were wanted or given up since the reader last asked, which does not look through all each time.
+        self._touched: set[str] = set()
         # What the present connection delivers. A channel that is given up stays here until the reader has seen it: if
         # it is taken again before that, it is still subscribed.
         self._confirmed: set[str] = set()
@@ -83,6 +85,7 @@ class RedisBroker(Broker):
     def subscribe(self, channel: str) -> None:
         with self._state:
             self._wanted.add(channel)
+            self._touched.add(channel)
             self._down = None
             if self._reader is None:
                 reader = _Reader(self)
@@ -94,6 +97,7 @@ class RedisBroker(Broker):
     def unsubscribe(self, channel: str) -> None:
         with self._state:
             self._wanted.discard(channel)
+            self._touched.add(channel)
             if self._refused.pop(channel, None) is not None:
                 self._ask_again.add(channel)
             if self._reader is not None:
@@ -117,6 +121,7 @@ class RedisBroker(Broker):
         with self._state:
             reader, self._reader = self._reader, None
             self._wanted.clear()
+            self._touched.clear()
             self._confirmed.clear()
             self._refused.clear()
             self._ask_again.clear()
@@ -129,15 +134,24 @@ class RedisBroker(Broker):
 
     # What the reader asks and reports. A reader that has been replaced or closed meanwhile changes nothing.
 
-    def wants(self, reader: _Reader, told: set[str]) -> set[str] | None:
-        """What ``reader``, which has ``told`` Redis of some, shall be subscribed to; ``None``: it shall end."""
+    def serves(self, reader: _Reader) -> bool:
+        """Whether ``reader`` shall go on."""
+        with self._state:
+            return self._reader is reader
+
+    def wants(self, reader: _Reader, told: set[str]) -> tuple[set[str], set[str]] | None:
+        """What ``reader``, which has ``told`` Redis of some, shall subscribe to and give up; ``None``: it shall end."""
         with self._state:
             if self._reader is not reader:
                 return None
-            self._confirmed &= self._wanted
+            touched, self._touched = self._touched, set()
+            if not told:  # a new connection
+                touched |= self._wanted
             told -= self._ask_again
             self._ask_again.clear()
-            return set(self._wanted)
+            gone = touched - self._wanted
+            self._confirmed -= gone
+            return touched - gone - told, gone & told
 
     def confirm(self, reader: _Reader, channel: str) -> None:
         """Redis delivers ``channel`` from now on."""
@@ -242,7 +256,7 @@ class _Reader:
         first, last = BACKOFF
         begin = time.monotonic()
         seconds = min(last, first * 2 ** min(self._failures, 16)) * random.uniform(0.5, 1.0)
-        while self._broker.wants(self, set()) is not None:
+        while self._broker.serves(self):
             left = begin + (min(first, seconds) if self._hurry else seconds) - time.monotonic()
             if left <= 0:
                 return
@@ -302,19 +316,18 @@ class _Reader:
             wanted = self._broker.wants(self, told)
             if wanted is None:
                 return False
-            self._tell(pubsub, told, wanted)
+            self._tell(pubsub, told, *wanted)
         if self._nudged:
             self._nudged = False
             self._broker.deliver([])
         return True
 
-    def _tell(self, pubsub: Any, told: set[str], wanted: set[str]) -> None:
-        gone = told - wanted
+    def _tell(self, pubsub: Any, told: set[str], new: set[str], gone: set[str]) -> None:
         if gone:
             pubsub.unsubscribe(*gone)
             told -= gone
         # One command a channel, so that a refusal (by an ACL) can be told to concern that channel alone.
-        for channel in wanted - told:
+        for channel in new:
             told.add(channel)
             try:
                 pubsub.subscribe(channel)

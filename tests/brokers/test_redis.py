@@ -416,7 +416,7 @@ def test_a_refused_channel_among_several_fails_their_client(limited):
 
 
 def test_a_refused_channel_that_alone_is_wanted_does_not_disturb_the_connection(limited, admin, monkeypatch, caplog):
-    monkeypatch.setattr(redis_broker, "PING_INTERVAL", 0.05)
+    monkeypatch.setattr(redis_broker, "PING_INTERVAL", 0.3)
     limited.subscribe("secret")
     with pytest.raises(RedisUnavailable, match="permission"):
         limited.wait_subscribed(["secret"], TIMEOUT)
