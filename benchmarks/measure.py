@@ -25,7 +25,9 @@ from .systems import Site, System
 HOST = "127.0.0.1"
 TICKS = os.sysconf("SC_CLK_TCK")  # of the kernel's clock in a second of CPU time
 CONNECT_SECONDS = 300  # for all clients; load.c gives up earlier when there is no progress
-SETTLE_SECONDS = 0.3  # after the last head of a response: the rest of what a connect costs
+SETTLE_SECONDS = 0.5  # in which the system must do next to nothing: then it is done with a connect, or a leave
+SETTLED_TICKS = 2  # of CPU time that are next to nothing
+UNSETTLED_SECONDS = 20  # after which it has work of its own that does not end
 LOST_MS = 15_000  # without an event after which those that are missing are lost; some write nothing while they parse
 ROUNDS_PER_SECOND = 50_000  # no system reaches this in lock-step: how many events the load client has to have room for
 WARM_UP_SECONDS = 0.5  # of lock-step before anything is measured
@@ -293,11 +295,29 @@ class Bench:
         told = self._load.connect(total)
         if told["connected"] != total:
             raise Broken(f"{told['connected']} of {total} clients were let in; the log ends:\n{self._log_end()}")
-        time.sleep(SETTLE_SECONDS)
+        self._settle()
         cpu, _ = window.end()
         self.clients = total
         self.pids = tree(self._running.pid)  # some servers start workers as they are needed
         return {"connects_per_s": more / told["seconds"], "connect_cpu_us": cpu / more * 1e6}
+
+    def leave(self) -> Figures:
+        """Have all clients leave at once. None comes back: this is the last thing to do with a bench."""
+        window = Window(self)
+        self._load.stop()
+        self._settle()
+        cpu, _ = window.end()
+        return {"leave_cpu_us": cpu / self.clients * 1e6}
+
+    def _settle(self) -> None:
+        """Return when what has happened last is done with."""
+        deadline, used = time.monotonic() + UNSETTLED_SECONDS, cpu_seconds(self.pids)
+        while time.monotonic() < deadline:
+            time.sleep(SETTLE_SECONDS)
+            before, used = used, cpu_seconds(self.pids)
+            # One that would run and may not, on a machine that is shared, uses no time either.
+            if round((used - before) * TICKS) <= SETTLED_TICKS and not any(stat(pid)[0] == "R" for pid in self.pids):
+                break
 
     def warm_up(self) -> None:
         """Return when every client has had an event: a subscription may come into force after the response's head."""

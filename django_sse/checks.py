@@ -75,8 +75,8 @@ def check_application(app_configs: Sequence[Any] | None, **kwargs: Any) -> list[
         return []
     return [
         Info(
-            f"The streams of {name} stay in Django's request handler, where each takes about 43 KiB of memory; handed "
-            "over to django_sse it takes 10.",
+            f"The streams of {name} stay in Django's request handler, where each takes about twice the memory that it "
+            "takes when it is handed over to django_sse.",
             hint="Replace Django's get_asgi_application:\n"
             "\t\tfrom django_sse.asgi import get_asgi_application\n"
             "\t\tapplication = get_asgi_application()",

@@ -41,6 +41,21 @@ class _Entry:
         self.next = after = _Entry(self.number + 1, self.size + len(frame))
         return after
 
+    def copied(self, copies: dict[_Entry, _Entry]) -> _Entry:
+        """Return a copy of the log from here on, which does not grow: with ``copies`` one that those before share."""
+        entry, before = self, None
+        while True:
+            copy = copies.get(entry)
+            known = copy is not None
+            if copy is None:
+                copy = copies[entry] = _Entry(entry.number, entry.size)
+                copy.event, copy.frame = entry.event, entry.frame
+            if before is not None:
+                before.next = copy
+            if known or entry.next is None:
+                return copies[self]
+            entry, before = entry.next, copy
+
 
 class Subscription:
     """One client's bounded mailbox.
@@ -120,16 +135,19 @@ class Subscription:
                 self.slow = False
         return taken
 
-    def end(self, reason: str, *, clear: bool = False) -> None:
-        """Let nothing more come; with ``clear`` what waits is dropped, too, for nobody will take it."""
+    def end(self, reason: str, *, clear: bool = False, copies: dict[_Entry, _Entry] | None = None) -> None:
+        """Let nothing more come; with ``clear`` what waits is dropped, too, for nobody will take it.
+
+        Those that end with the same event name the same ``copies``: what waits for them is kept once.
+        """
         self.ended = self.ended or reason
-        if self._end is None or clear:
+        if clear:
+            self._place = self._end = _Entry(self._place.number, self._place.size)
+        elif self._end is None:
             # A log of its own: a place in the audience's would keep all that is published from now on.
-            entry = self._place
-            self._place = self._end = _Entry(entry.number, entry.size)
-            while entry.next is not None and not clear:
-                self._end = self._end.fill(entry.event, entry.frame)
-                entry = entry.next
+            copies = {} if copies is None else copies
+            self._place = self._place.copied(copies)
+            self._end = copies[self.audience.end]
 
     def __len__(self) -> int:
         return (self._end or self.audience.end).number - self._place.number
@@ -187,6 +205,8 @@ class Audience:
     def _look(self, number: int, size: int, outcome: Outcome) -> list[Subscription]:
         """Compare what waits with the bounds when the log comes to be so long; note when that is to be done again."""
         gone = []
+        # Where this process was held up, all of them overflow at one time.
+        copies: dict[_Entry, _Entry] = {}
         # A subscription that comes later, or has caught up, cannot be crowded before that.
         next_number, next_size = number + self.max_events // 2, size + self.max_bytes // 2
         for subscription in self.subscriptions:
@@ -198,7 +218,7 @@ class Audience:
                 continue
             # A single frame larger than the bound may wait alone: it could never be delivered otherwise.
             if events > self.max_events or (events > 1 and waiting > self.max_bytes):
-                subscription.end("overflow")
+                subscription.end("overflow", copies=copies)
                 gone.append(subscription)
                 continue
             # Without a wake nobody takes anything yet, and nobody has to be waited for.

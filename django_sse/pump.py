@@ -14,7 +14,7 @@ import inspect
 import logging
 import time
 import types
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from itertools import chain, islice, repeat
 from operator import length_hint
@@ -34,6 +34,8 @@ BATCH = 100
 END_COST = 10
 #: Seconds between two looks at the clock.
 TICK = 0.1
+#: Clients that are given up after one of them: those that stalled together must not hold up all others by leaving so.
+ENDS = 25
 #: Seconds after which a client that a ``send()`` waits for is slow: nobody paces events for it any more.
 SLOW = 0.05
 #: Seconds for which a server may take to say that a client has left to which it could not send.
@@ -55,16 +57,19 @@ class Delivery(LoopBell):
         "_blocked",
         "_blocked_since",
         "_ended",
+        "_heartbeat",
+        "_heartbeats",
         "_interval",
         "_is_slow",
         "_over",
         "_pump",
         "_receiving",
         "_stream",
+        "_too_old",
         "_unwound",
+        "any_task",
         "buffer",
         "context",
-        "is_native",
         "last_sent",
         "mailbox",
         "send",
@@ -75,9 +80,9 @@ class Delivery(LoopBell):
     def __init__(self, stream: Stream, send: Callable[[Any], Awaitable[None]]) -> None:
         super().__init__()
         self._stream = stream
-        #: Whether ``send()`` is a coroutine function.
-        self.is_native = inspect.iscoroutinefunction(send)
-        self.send: Send = send if self.is_native else _coroutines(send)  # type: ignore[assignment]
+        #: Whether a ``send()`` that waits may go on in another task than it has begun in.
+        self.any_task = False
+        self.send: Send = send if inspect.iscoroutinefunction(send) else self._coroutines(send)
         self._pump: _Pump
         #: What stands around the server's send(), tracing for instance, may keep things of its request in it.
         self.context = contextvars.copy_context()
@@ -90,8 +95,13 @@ class Delivery(LoopBell):
         self._blocked_since = 0.0
         self._is_slow = False
         self.last_sent = time.monotonic()
+        # As the stream has them, but nearer.
+        self._heartbeat = stream.heartbeat
+        self._too_old: float | None = None
+        # Those that the stream does not know of.
+        self._heartbeats = 0
         # Seconds between two looks at the clock at most.
-        self._interval = min(stream.stall_timeout or LONGEST, stream.heartbeat or LONGEST)
+        self._interval = min(stream.stall_timeout or LONGEST, self._heartbeat or LONGEST)
         # Whether the iterator has finished, or had its time.
         self._unwound = False
         # Whether the end of the response is sent.
@@ -107,6 +117,7 @@ class Delivery(LoopBell):
         stream = self._stream
         try:
             await stream.begin_on_loop()
+            self._too_old = stream.too_old
             self._app = asyncio.current_task()
             self._pump = _Pump.of_running_loop()
             self._pump.add(self)
@@ -133,12 +144,22 @@ class Delivery(LoopBell):
             if self._blocked is not None:
                 self._blocked.cancel()
             if self.mailbox is not None:
-                stream.count(self.mailbox.bytes_alike)
+                stream.count(self.mailbox.bytes_alike + self._heartbeats * len(HEARTBEAT))
             # The pump may know this delivery until the next look at its clock.
             del self._app, self._stream, self.buffer, self.context, self.mailbox, self.send, self.share
             stream.shut()
             await stream.settle_on_loop()
             await stream.unwound()
+
+    def _coroutines(self, send: Callable[[Any], Awaitable[None]]) -> Send:
+        """Return a ``send()`` that does all that it does in its coroutine's first step, and later ones."""
+
+        async def sending(message: Any) -> None:
+            awaitable = send(message)
+            self.any_task = not _may_open(awaitable)
+            await awaitable
+
+        return sending
 
     def over(self) -> bool:
         """Whether nothing is sent any more."""
@@ -252,6 +273,12 @@ class Delivery(LoopBell):
             self._stream.shut("error")
             self._finish()
 
+    def lost(self) -> None:
+        """End the stream, for nobody serves it any more."""
+        if not self.over():
+            self._stream.shut()
+            self._finish()
+
     def look(self, now: float) -> tuple[float, dict[str, Any] | None]:
         """Do what the clock demands; return when to look again, and a message that is to be sent."""
         again = now + self._interval
@@ -259,27 +286,32 @@ class Delivery(LoopBell):
             return self._look_at_blocked(now, again), None
         if self._ended or not self.takes:
             return again, None
-        stream = self._stream
-        if stream.too_old is not None:
-            if now >= stream.too_old:
-                stream.end("max_age")
-            again = min(again, stream.too_old)
-        heartbeat = stream.heartbeat
+        too_old = self._too_old
+        if too_old is not None:
+            if now >= too_old:
+                self._stream.end("max_age")
+            again = min(again, too_old)
+        heartbeat = self._heartbeat
         if heartbeat is None:
             return again, None
-        last_sent = self.last_sent if self.share is None else max(self.last_sent, self.share.last_sent)
-        due = last_sent + heartbeat
+        due = self.last_sent + heartbeat
+        if self.share is not None:
+            due = max(due, self.share.last_sent + heartbeat)
         if now < due:
             return min(again, due), None
-        again = min(again, now + heartbeat)
-        chunk = stream.silence()
+        if self.share is not None and not self.buffer._buffer:
+            # Not by the stream: that would bring half a dozen objects of each idle client into the processor's cache.
+            self.last_sent = now
+            self._heartbeats += 1
+            return again, _HEARTBEAT
+        chunk = self._stream.silence()
         return again, self._message(chunk, now) if chunk else None
 
     def _look_at_blocked(self, now: float, again: float) -> float:
         patience = self._stream.stall_timeout
         if patience is None:
             return again
-        if now >= self._blocked_since + patience:
+        if now >= self._blocked_since + patience and self._pump.may_give_up():
             self._stream.shut("stalled")
             self._finish()
         return min(again, self._blocked_since + patience)
@@ -302,13 +334,12 @@ def _finish(
             return
 
 
-def _coroutines(send: Callable[[Any], Awaitable[None]]) -> Send:
-    """Return a ``send()`` that does all that it does in its coroutine's first step, and later ones."""
-
-    async def sending(message: Any) -> None:
-        await send(message)
-
-    return sending
+def _may_open(awaitable: Awaitable[None]) -> bool:
+    """Whether ``awaitable`` is Python code, which may have opened what belongs to a task: a timeout, for instance."""
+    return inspect.isawaitable(awaitable) and (
+        isinstance(awaitable, (types.CoroutineType, types.GeneratorType))
+        or isinstance(type(awaitable).__await__, types.FunctionType)
+    )
 
 
 def _message(chunk: Any) -> dict[str, Any]:
@@ -382,7 +413,9 @@ class _Pump:
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle
         # Deliveries by the tick at which they are to be looked at.
-        self._due: dict[int, list[Delivery]] = {}
+        self._due: defaultdict[int, list[Delivery]] = defaultdict(list)
+        # How many clients may be given up before the next look.
+        self._ends = ENDS
         self._seen = 0
 
     @classmethod
@@ -445,19 +478,25 @@ class _Pump:
         if self._sleep is not None and not self._sleep.done():
             self._sleep.set_result(None)
 
+    def may_give_up(self) -> bool:
+        """Return whether a client may be given up now, and count it; otherwise it is looked at again soon."""
+        self._ends -= 1
+        return self._ends >= 0
+
     def _look(self) -> None:
+        self._timer = self._loop.call_later(TICK, self._look)
         now = time.monotonic()
         tick = _tick_of(now)
         for slot in range(self._seen + 1, tick + 1):
             self._timed.extend(self._due.pop(slot, ()))
         self._seen = tick
+        self._ends = ENDS
         if self._timed:
             self._wake()
         self._waiting = {delivery for delivery in self._waiting if not delivery.look_whether_slow(now)}
-        self._timer = self._loop.call_later(TICK, self._look)
 
     def _look_later(self, delivery: Delivery, at: float) -> None:
-        self._due.setdefault(max(_tick_of(at), self._seen) + 1, []).append(delivery)
+        self._due[max(_tick_of(at), self._seen) + 1].append(delivery)
 
     # -- who does it ----------------------------------------------------------------------------------------------
 
@@ -494,8 +533,8 @@ class _Pump:
                 except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # whatever it is, it is the client's
                     delivery.failed(error)
                     continue
-                if not delivery.is_native:
-                    # Some servers have an awaitable that always waits, and opens nothing: any task will do for it.
+                if delivery.any_task:
+                    # Some servers have an awaitable that waits often, and opens nothing: any task will do for it.
                     waiting = delivery.wait_for_client(sending, waits_for)
                     delivery.block(asyncio.Task(waiting, loop=self._loop))
                     continue
@@ -527,6 +566,10 @@ class _Pump:
             self._timer.cancel()
             self._due.clear()
             self._pumps.pop(self._loop, None)
+            # Cancelled by somebody: nobody serves them any more, and they would hang silently.
+            if not self._loop.is_closed():
+                for delivery in self._deliveries:
+                    delivery.lost()
 
     def _next_messages(self) -> _Messages:
         """Return what is to be sent before others have the loop again."""
@@ -571,22 +614,29 @@ class _Pump:
         return iter([(delivery, messages[chunk]) for delivery, chunk in several if chunk]), more
 
     def _messages_of_ready(self) -> _Messages:
+        left = BATCH
         for _ in range(min(BATCH, len(self._ready))):
             delivery = self._ready.popleft()
             try:
+                # What comes as fast as it is sent would keep the loop for ever.
                 while (message := delivery.next()) is not None:
                     yield delivery, message
+                    left -= 1
+                    if left <= 0:
+                        self._ready.append(delivery)
+                        return
             except Exception as error:  # noqa: BLE001  # whatever it is, it is no reason to leave the others
                 delivery.fail(error)
 
     def _messages_of_timed(self) -> _Messages:
         left = BATCH
+        now = time.monotonic()
         while left > 0 and self._timed:
             delivery = self._timed.popleft()
-            if delivery not in self._deliveries:
+            if delivery.over():
                 continue
             try:
-                again, message = delivery.look(time.monotonic())
+                again, message = delivery.look(now)
             except Exception as error:  # noqa: BLE001  # whatever it is, it is no reason to leave the others
                 delivery.fail(error)
             else:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from docutils.core import publish_doctree
 
 from benchmarks import build, publish, report
-from benchmarks.measure import REDIS_HOW, Load, redis_program
+from benchmarks.measure import REDIS_HOW, Bench, Load, divide, redis_program
 from benchmarks.systems import SYSTEMS
 from benchmarks.tables import TABLES
 from tests.helpers.need import need
@@ -161,6 +162,26 @@ def test_an_error_is_no_answer(outlet, text):
         outlet.answers(text)
 
 
+# The bench ------------------------------------------------------------------------------------------------------------
+
+BUSY = """
+import sys, time
+end = time.process_time() + 1
+while time.process_time() < end:
+    pass
+print("idle", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_bench_waits_until_a_system_does_nothing_any_more(linux):
+    with subprocess.Popen([sys.executable, "-c", BUSY], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as busy:
+        bench = Bench(SYSTEMS["limit"], divide())
+        bench.pids = [busy.pid]
+        bench._settle()
+        assert select.select([busy.stdout], [], [], 0)[0], "it is still at work"
+
+
 # The tables -----------------------------------------------------------------------------------------------------------
 
 #: Every system once; 0.4.1 only where somebody has a Python 2.7, which no machine of today has to have.
@@ -222,16 +243,17 @@ def cells(text):
 
 
 def test_a_cell_is_the_median_with_its_spread_and_a_ratio_is_of_one_run():
-    ours = row("handover", *({"connect_cpu_us": value, "connects_per_s": 1500} for value in (20, 30, 80)), clients=5)
-    bare = row("bare", *({"connect_cpu_us": value, "connects_per_s": 3000} for value in (10, 30, 20)), clients=5)
+    common = {"connect_cpu_us": 15, "leave_cpu_us": 5, "connects_per_s": 1500}
+    ours = row("handover", *({**common, "visit_cpu_us": value} for value in (20, 30, 80)), clients=5)
+    bare = row("bare", *({**common, "visit_cpu_us": value} for value in (10, 30, 20)), clients=5)
     handover, without = cells(report.render(result("connect", ours, bare)))
-    assert handover == ["Handover", "30 (20–80)", "2.00 (1.00–4.00)", "1500"]
-    assert without == ["Bare", "20 (10–30)", "1.00", "3000"]
+    assert handover == ["Handover", "15", "5", "30 (20–80)", "2.00 (1.00–4.00)", "1500"]
+    assert without == ["Bare", "15", "5", "20 (10–30)", "1.00", "1500"]
 
 
 def test_what_failed_and_what_is_missing_is_said():
     text = report.render(result("connect", row("bare", {"failed": "no answer\nand so on"}, clients=5)))
-    assert cells(text) == [["Bare", "–", "–", "–"]]
+    assert cells(text) == [["Bare", "–", "–", "–", "–", "–"]]
     assert "*Bare*: run 1 failed: no answer." in text
     assert "*Something else* was not measured: a part: get it." in text
 

@@ -229,8 +229,8 @@ def test_an_application_that_leads_to_django_alone_is_told_what_it_could_save(se
     monkeypatch.setitem(globals(), "application", around(plain)[way])
     assert check_of(settings, "application") == [
         Info(
-            "The streams of tests.test_checks.application stay in Django's request handler, where each takes about 43 "
-            "KiB of memory; handed over to django_sse it takes 10.",
+            "The streams of tests.test_checks.application stay in Django's request handler, where each takes about "
+            "twice the memory that it takes when it is handed over to django_sse.",
             hint="Replace Django's get_asgi_application:\n"
             "\t\tfrom django_sse.asgi import get_asgi_application\n"
             "\t\tapplication = get_asgi_application()",

@@ -371,6 +371,32 @@ def test_a_frame_above_the_bound_neither_joins_others_nor_is_joined():
     assert texts(after.take()) == ["12345"]
 
 
+def test_what_waits_for_those_that_overflow_together_is_kept_once():
+    hub = Hub()
+    first, second, late = (hub.subscribe(["a"], max_events=3, max_bytes=1000)[0] for _ in range(3))
+    publish(hub, "a", "0")
+    late.take()
+    publish(hub, "a", "1", "2", "3")
+    assert (first.ended, second.ended, late.ended) == ("overflow", "overflow", None)
+    assert first._place is second._place
+    publish(hub, "a", "4")
+    assert late.ended == "overflow"
+    assert texts(first.take()) == texts(second.take()) == ["0", "1", "2"]
+    assert texts(late.take()) == ["1", "2", "3"]
+
+
+def test_those_that_overflow_together_from_different_places_share_what_waits_for_both():
+    hub = Hub()
+    one, other = (hub.subscribe(["a"], max_events=3, max_bytes=5)[0] for _ in range(2))
+    publish(hub, "a", "0")
+    other.take()
+    publish(hub, "a", "1", "22222")
+    assert (one.ended, other.ended) == ("overflow", "overflow")
+    assert one._place.next is other._place
+    assert (texts(one.take()), texts(other.take())) == (["0", "1"], ["1"])
+    assert len(one) == len(other) == 0
+
+
 # --- subscriptions that nobody reads ---
 
 

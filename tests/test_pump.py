@@ -1729,9 +1729,9 @@ def test_traffic_keeps_no_stream_beyond_its_age(run, ends):
 
 
 def test_a_stream_that_cannot_be_looked_after_is_ended_and_harms_no_other(run, ends, caplog, monkeypatch):
-    silence = Stream.silence
+    look = Delivery.look
     broken = []
-    monkeypatch.setattr(Stream, "silence", lambda stream: 1 / 0 if stream in broken else silence(stream))
+    monkeypatch.setattr(Delivery, "look", lambda one, now: 1 / 0 if one._stream in broken else look(one, now))
 
     async def main():
         client, other = Client(run, heartbeat=0.1), Client(run, heartbeat=0.1)
@@ -1743,6 +1743,64 @@ def test_a_stream_that_cannot_be_looked_after_is_ended_and_harms_no_other(run, e
     asyncio.run(main())
     assert [reason for reason, *_ in ends] == ["error", "client"]
     assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
+
+
+class Impatient:
+    """A `send` that is an object, and gives its client a moment."""
+
+    async def __call__(self, message):
+        async with asyncio.timeout(0.05):
+            if b"data" in message["body"]:
+                await asyncio.Event().wait()
+
+
+async def _as_a_function(message):
+    await Impatient()(message)
+
+
+class Awaited:
+    """What is awaited may be an object of Python code, too."""
+
+    def __init__(self, message):
+        self.message = message
+
+    def __await__(self):
+        return _as_a_function(self.message).__await__()
+
+
+@pytest.mark.skipif(not hasattr(asyncio, "timeout"), reason="asyncio.timeout() came with Python 3.11")
+@pytest.mark.parametrize(
+    "send", [Impatient(), lambda m: _as_a_function(m), Awaited], ids=["object", "lambda", "awaitable"]
+)
+def test_a_timeout_around_a_send_ends_that_send_alone(run, send):
+    async def main():
+        slow, other = Client(run, "slow", send=send), Client(run, "a")
+        await turns()
+        publish(run, "1", channel="slow")
+        await soon(lambda: not slow.delivery.takes)
+        await asyncio.sleep(0.1)  # the timeout
+        publish(run, "2")
+        await other.until(b"data: 2")
+        await slow.leave()
+        await other.leave()
+
+    asyncio.run(main())
+
+
+def test_streams_that_nobody_serves_any_more_end(run):
+    async def main():
+        clients = [Client(run, "a") for _ in range(3)]
+        await turns()
+        _Pump.of_running_loop()._task.cancel()
+        await soon(lambda: all(client.task.done() for client in clients))
+        later = Client(run, "a")
+        await turns()
+        publish(run, "1")
+        await later.until(b"data: 1")
+        await later.leave()
+        assert not _Pump._pumps
+
+    asyncio.run(main())
 
 
 # --- the server cancels ---

@@ -220,7 +220,7 @@ def test_a_reload_of_the_development_server_ends_the_streams_at_once(run, tmp_pa
         assert max(member.ended_at for member in crowd.members) - ended < 1
         # Which is started when the old one is gone, and with it the last `finally`. Not by asking it: the old one goes
         # on accepting while Python ends, which socketserver complains about.
-        until(lambda: server.log().count("Starting WSGI development server") == 2, what="the new process")
+        until(lambda: server.log().count("Quit the server with") == 2, what="the new process")
         check_goodbye(crowd, tmp_path / "ends")
     until(lambda: answers(server), what="an answer of the new process")
     with crowd_of(server, 3) as crowd:
