@@ -100,6 +100,7 @@ class Subscription:
 
     @property
     def channels(self) -> tuple[str, ...]:
+        """What it listens to."""
         return self.audience.channels
 
     @property

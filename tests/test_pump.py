@@ -1604,6 +1604,26 @@ def test_no_heartbeat_is_no_heartbeat(run):
     asyncio.run(main())
 
 
+def test_those_that_stalled_together_are_given_up_a_few_at_a_time(run, ends, monkeypatch):
+    monkeypatch.setattr(pump, "ENDS", 3)
+    look, over = _Pump._look, []
+
+    async def main():
+        doors = [Door() for _ in range(10)]
+        clients = [Client(run, send=door, stall_timeout=0.2) for door in doors]
+        monkeypatch.setattr(
+            _Pump, "_look", lambda one: (over.append(sum(client.delivery.over() for client in clients)), look(one))
+        )
+        await turns()
+        publish(run, "1")
+        await soon(lambda: all(door.waiting for door in doors))
+        await asyncio.wait_for(asyncio.wait([client.task for client in clients]), 10)
+
+    asyncio.run(main())
+    assert [reason for reason, *_ in ends] == ["stalled"] * 10
+    assert max(after - before for before, after in itertools.pairwise([*over, 10])) <= 3
+
+
 def test_a_client_that_was_slow_for_a_while_has_heartbeats_again(run):
     async def main():
         door = Door()
