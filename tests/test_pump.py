@@ -1604,6 +1604,24 @@ def test_no_heartbeat_is_no_heartbeat(run):
     asyncio.run(main())
 
 
+def test_heartbeats_and_events_are_all_in_the_account(run, ends):
+    async def main():
+        clients = [Client(run, heartbeat=0.1) for _ in range(2)]
+        await turns()
+        publish(run, "1")
+        for client in clients:
+            await client.until(b":\n\n:\n\n")
+        publish(run, "2")
+        for client in clients:
+            await client.until(b"data: 2")
+            await client.leave()
+        return sorted(len(client.body) for client in clients)
+
+    sent = asyncio.run(main())
+    assert sorted(size for _, _, size in ends) == sent
+    assert [events for _, events, _ in ends] == [2, 2]
+
+
 def test_those_that_stalled_together_are_given_up_a_few_at_a_time(run, ends, monkeypatch):
     monkeypatch.setattr(pump, "ENDS", 3)
     look, over = _Pump._look, []
