@@ -49,7 +49,7 @@ setup(
     license_expression="BSD-3-Clause",
     license_files=["LICENSE"],
     packages=find_packages(include=["django_sse*"]),
-    package_data={"django_sse": ["py.typed"]},
+    package_data={"django_sse": ["py.typed", "brokers/*.lua"]},
     python_requires=">=3.10",
     install_requires=["Django>=5.2", "redis>=5", "sse>=1.2"],
     extras_require={

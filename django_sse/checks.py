@@ -38,6 +38,8 @@ def check_settings(app_configs: Sequence[Any] | None, **kwargs: Any) -> list[Che
         lambda: configuration.max_streams_per_user,
         lambda: configuration.shutdown_window,
         lambda: configuration.channel_prefix,
+        lambda: configuration.histories,
+        lambda: configuration.max_payload,
     ]
     try:
         unknown = configuration.unknown

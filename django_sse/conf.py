@@ -12,6 +12,8 @@ from typing import Any
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 
+from .history import History
+
 __all__ = ["CONNECTION_SETTING", "Configuration", "configuration"]
 
 CONNECTION_SETTING = "REDIS_SSEQUEUE_CONNECTION_SETTINGS"
@@ -39,6 +41,17 @@ DEFAULTS: dict[str, Any] = {
     "SHUTDOWN_WINDOW": 5,
     # What stands before every channel's name in the broker.
     "CHANNEL_PREFIX": "",
+    # What is kept of a channel for those who come back: of all channels, or by name or prefix; None: nothing.
+    "HISTORY": None,
+    # Bytes of an event's payload; None: no limit.
+    "MAX_PAYLOAD": 1024 * 1024,
+}
+
+HISTORY_DEFAULTS = {
+    # Events.
+    "SIZE": 1000,
+    # Seconds after the channel's last event.
+    "TTL": 3600,
 }
 
 
@@ -126,6 +139,48 @@ class Configuration:
         return prefix
 
     @property
+    def has_history(self) -> bool:
+        """Whether any channel may have history."""
+        return bool(self._history())
+
+    def history(self, channel: str) -> History | None:
+        """What is kept of ``channel`` (without the prefix); ``None``: nothing.
+
+        The exact name counts first, then the longest prefix, written with ``*`` at its end.
+        """
+        given = self._history()
+        if channel in given:
+            options = given[channel]
+        else:
+            patterns = [name for name in given if name.endswith("*") and channel.startswith(name[:-1])]
+            options = given[max(patterns, key=len)] if patterns else None
+        return None if options is None else History(channel, options["SIZE"], options["TTL"])
+
+    @property
+    def histories(self) -> Mapping[str, Mapping[str, int] | None]:
+        """What is kept, by channel or prefix."""
+        return self._history()
+
+    @property
+    def max_payload(self) -> int | None:
+        """How many bytes the payload of an event may have."""
+        return self._limit("MAX_PAYLOAD")
+
+    def _history(self) -> Mapping[str, Mapping[str, int] | None]:
+        given = self._get("HISTORY")
+        if given is None:
+            return {}
+        name = 'DJANGO_SSE["HISTORY"]'
+        if not isinstance(given, Mapping):
+            raise ImproperlyConfigured(f"{name} must be None or a dict, such as {HISTORY_DEFAULTS!r}, not {given!r}.")
+        if not set(given) - set(HISTORY_DEFAULTS):
+            return {"*": _history_options(name, given)}
+        return {
+            str(channel): None if options is None else _history_options(f"{name}[{channel!r}]", options)
+            for channel, options in given.items()
+        }
+
+    @property
     def unknown(self) -> list[str]:
         """Keys of ``DJANGO_SSE`` that mean nothing."""
         return sorted(str(key) for key in set(self._given()) - set(DEFAULTS))
@@ -156,6 +211,13 @@ def check_seconds(name: str, value: Any, none: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= threading.TIMEOUT_MAX:
         raise ImproperlyConfigured(f"{name} must be a number of seconds above 0, or None {none}, not {value!r}.")
     return value
+
+
+def _history_options(name: str, given: Any) -> Mapping[str, int]:
+    if not isinstance(given, Mapping) or set(given) - set(HISTORY_DEFAULTS):
+        raise ImproperlyConfigured(f'{name} must be None or a dict of "SIZE" and "TTL", not {given!r}.')
+    options = {**HISTORY_DEFAULTS, **given}
+    return {key: _whole(f'{name}["{key}"]', value, least=1) for key, value in options.items()}
 
 
 def _whole(name: str, value: Any, *, least: int) -> int:

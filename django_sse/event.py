@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Event", "decode_payload", "encode_payload", "require_utf8", "text_of"]
+__all__ = ["Event", "decode_message", "decode_payload", "encode_payload", "require_utf8", "text_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +94,22 @@ def encode_payload(name: object, data: object, id: object = None, *, dumps: Call
 def decode_payload(payload: bytes | str) -> Event:
     """Return the event of a payload: ``[name, data]``, ``[name, data, id]`` or ``[name, data, {...}]``.
 
-    A third element that is an object is reserved for this package's own use. Raises ``ValueError``, saying what is
-    wrong, for anything else: other programs publish on the same channels.
+    Raises ``ValueError``, saying what is wrong, for anything else: other programs publish on the same channels.
     """
+    return decode_message(payload)[0]
+
+
+def decode_message(payload: bytes | str) -> tuple[Event, dict[str, Any] | None]:
+    """Return what ``decode_payload()`` does, and the third element if that is an object: the event's position."""
     try:
         # Decoded here, strictly: json.loads() would let lone surrogates through and guess at UTF-16.
         items = json.loads(payload.decode() if isinstance(payload, bytes) else payload)
         if not isinstance(items, list) or len(items) not in (2, 3):
             raise ValueError("not a JSON list of event name, data and, at most, an id")
         name, data, extra = (*items, None)[:3]
-        return Event.of(name, data, None if isinstance(extra, dict) else extra)
+        if isinstance(extra, dict):
+            return Event.of(name, data), extra
+        return Event.of(name, data, extra), None
     except (TypeError, RecursionError) as error:
         raise ValueError(str(error)) from error
 

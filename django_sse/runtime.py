@@ -12,15 +12,21 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from django.core.signals import setting_changed
 
+from .audience import Audience, Outcome, Subscription
 from .brokers.base import Broker, Payload
-from .event import Event, decode_payload
-from .hub import Audience, Hub, Subscription
+from .cursor import Cursors
+from .event import Event, decode_message, decode_payload
+from .history import History, Past, Position
+from .hub import Hub, Placement
+from .recovery import Recovery
 from .wire import encode
 
 __all__ = ["Listener", "Runtime", "get", "reset"]
@@ -36,30 +42,47 @@ SUBSCRIBE_TIMEOUT = 5.0
 
 
 class Runtime:
-    """Everything that the streams of one configuration share."""
+    """Everything that the streams of one configuration share. ``cursors``: for channels with history."""
 
-    def __init__(self, broker: Broker) -> None:
+    def __init__(self, broker: Broker, cursors: Cursors | None = None) -> None:
         self.broker = broker
+        self.cursors = cursors
         broker.deliver = self.deliver
+        broker.resubscribed = self._refresh
         #: Guards the hub, its subscriptions and ``_crowded``.
         self._lock = threading.Lock()
         #: Notified when ``_crowded`` becomes smaller.
         self._calm = threading.Condition(self._lock)
-        self._hub = Hub()
+        self._hub = Hub(cursors)
+        self._recovery = Recovery(self._fetch)
         self._crowded: set[Subscription] = set()
         # What was dropped without being closed, and by whatever thread the collector ran in.
         self._abandoned: deque[Subscription] = deque()
 
     def open(
-        self, channels: Iterable[str], *, max_events: int, max_bytes: int, timeout: float = SUBSCRIBE_TIMEOUT
+        self,
+        channels: Iterable[str],
+        *,
+        max_events: int,
+        max_bytes: int,
+        histories: Mapping[str, History] = MappingProxyType({}),
+        last_id: str | None = None,
+        ends_on_reset: bool = False,
+        timeout: float = SUBSCRIBE_TIMEOUT,
     ) -> Listener:
         """Subscribe to ``channels`` and return the listener: whatever is published from now on is in its mailbox.
+
+        Also what came on those that have a history after ``last_id``, if that is given. ``ends_on_reset``: end it,
+        ``"reset"``, where a ``stream-reset`` would have to be sent later on.
 
         Waits for the broker for at most ``timeout`` seconds. Raises ``BrokerUnavailable``; nothing is left behind then.
         """
         self._reap()
         with self._lock:
-            subscription, first = self._hub.subscribe(channels, max_events=max_events, max_bytes=max_bytes)
+            subscription, first = self._hub.subscribe(
+                channels, max_events=max_events, max_bytes=max_bytes, histories=histories
+            )
+            subscription.ends_on_reset = ends_on_reset
             listener = Listener(self, subscription)
             try:
                 for channel in first:
@@ -69,53 +92,125 @@ class Runtime:
                 raise
         try:
             self.broker.wait_subscribed(subscription.channels, timeout)
+            if subscription.audience.tracks:
+                listener.placement = self._place(subscription, last_id)
         except BaseException:
             listener.close()
             raise
         return listener
 
+    def _place(self, subscription: Subscription, last_id: str | None) -> Placement:
+        positions = None
+        if last_id is not None:
+            assert self.cursors is not None, "channels with history need cursors"
+            positions = self.cursors.decode(last_id, subscription.channels)
+        decided = False
+        while True:
+            with self._lock:
+                placement = self._hub.place(subscription, positions, time.monotonic(), decided=decided)
+            if placement is not None:
+                return placement
+            decided = True
+            self._recovery.wait()
+
+    def _fetch(self) -> None:
+        """Fetch what the hub needs."""
+        with self._lock:
+            wants = self._hub.begin_fetch()
+        if not wants:
+            return
+        try:
+            pasts = self.broker.fetch([(want.channel, want.history, want.lowest) for want in wants])
+        except BaseException:
+            with self._lock:
+                self._hub.give_back(wants)
+            raise
+        for want, past in zip(wants, pasts, strict=True):
+            read = Past(past.top, [(at, _read(want.channel, payload)) for at, payload in past.events], past.complete)
+            with self._lock:
+                outcome = self._hub.apply(want, read, time.monotonic())
+                self._after(outcome)
+            more = True
+            while more:
+                _ring(self._tell(want.channel, outcome))
+                if self._crowded:
+                    self._give_time()
+                with self._lock:
+                    outcome, more = self._hub.go_on(want.channel, time.monotonic())
+                    self._after(outcome)
+            _ring(self._tell(want.channel, outcome))
+
+    def _refresh(self, channel: str) -> None:
+        """Have fetched what may have been missed of ``channel``."""
+        with self._lock:
+            self._hub.refresh(channel)
+        self._look_for_needs()
+
+    def _look_for_needs(self) -> None:
+        if self._hub.needs:
+            self._recovery.ring()
+
     def deliver(self, batch: Iterable[tuple[str, Payload]]) -> None:
         """Decode and encode each payload once, and put it into the mailboxes of its channel. For the broker."""
         self._reap()
         wake: list[Callable[[], None]] = []
+        now = time.monotonic()
         for channel, payload in batch:
             try:
-                event = decode_payload(payload)
+                event, extra = decode_message(payload)
+                position = None if extra is None or "epoch" not in extra else Position.of(extra)
             except ValueError as error:
-                log.warning(
-                    "A payload on channel %r is not an event and was skipped (%s): %.200r", channel, error, payload
-                )
+                _complain(channel, payload, error)
                 continue
             frame = encode(event)
             with self._lock:
-                outcome = self._hub.publish(channel, event, frame)
-                for idle in outcome.idle:
-                    self.broker.unsubscribe(idle)
-                self._crowded.update(outcome.crowded)
-                self._crowded.difference_update(outcome.overflowed)
-            wake += outcome.wake
-            if outcome.overflowed:
-                log.warning(
-                    "%d stream(s) on channel %r are ended: overflow; their clients do not take their events.",
-                    len(outcome.overflowed),
-                    channel,
-                )
-                wake += [ended.wake for ended in outcome.overflowed if ended.wake is not None]
+                outcome = self._hub.publish(channel, event, frame, position, now)
+                self._after(outcome)
+            wake += self._tell(channel, outcome)
             if self._crowded:
                 _ring(wake)
                 wake.clear()
                 self._give_time()
         _ring(wake)
+        self._look_for_needs()
+
+    def _after(self, outcome: Outcome) -> None:
+        """Do what follows from an event, under the lock."""
+        for idle in outcome.idle:
+            self.broker.unsubscribe(idle)
+        self._crowded.update(outcome.crowded)
+        self._crowded.difference_update(outcome.ended, outcome.behind)
+
+    def _tell(self, channel: str, outcome: Outcome) -> list[Callable[[], None]]:
+        """Return what is to be called; say what has happened to those who did not take their events."""
+        if outcome.behind:
+            log.info("%d stream(s) on channel %r are behind; they are refilled.", len(outcome.behind), channel)
+        if not outcome.ended:
+            return outcome.wake
+        overflowed = sum(ended.ended == "overflow" for ended in outcome.ended)
+        if overflowed:
+            log.warning(
+                "%d stream(s) on channel %r are ended: overflow; their clients do not take their events.",
+                overflowed,
+                channel,
+            )
+        return outcome.wake + [ended.wake for ended in outcome.ended if ended.wake is not None]
 
     def take(
         self, subscription: Subscription, limit: int | None, max_bytes: int | None = None
     ) -> list[tuple[Event, bytes]]:
         """Return what waits for ``subscription``: at most ``limit`` events, and no more after ``max_bytes``."""
+        open_before = subscription.ended is None
         with self._lock:
             taken = subscription.take(limit, max_bytes)
             if self._crowded:
                 self._calm_down((subscription,))
-            return taken
+        if subscription.audience.tracks:
+            self._look_for_needs()
+            # What it has missed is gone, and its view is to be asked anew.
+            if open_before and subscription.ended is not None and subscription.wake is not None:
+                subscription.wake()
+        return taken
 
     def _calm_down(self, subscriptions: Iterable[Subscription]) -> None:
         before = len(self._crowded)
@@ -191,6 +286,7 @@ class Runtime:
             subscriptions = self._hub.subscriptions
         for subscription in subscriptions:
             self.end(subscription, "shutdown")
+        self._recovery.close()
         self.broker.close()
 
     def stats(self) -> dict[str, int]:
@@ -229,11 +325,13 @@ class Runtime:
 class Listener:
     """One subscription as its stream sees it. Thread-safe."""
 
-    __slots__ = ("__weakref__", "_runtime", "subscription")
+    __slots__ = ("__weakref__", "_runtime", "placement", "subscription")
 
     def __init__(self, runtime: Runtime, subscription: Subscription) -> None:
         self._runtime = runtime
         self.subscription = subscription
+        #: Where it begins, if any of its channels has history.
+        self.placement: Placement | None = None
 
     @property
     def ended(self) -> str | None:
@@ -308,6 +406,20 @@ class Listener:
     __del__ = leave
 
 
+def _read(channel: str, payload: Payload) -> tuple[Event, bytes] | None:
+    """Return the event of a payload that was kept, and its frame; ``None`` where it is none."""
+    try:
+        event = decode_payload(payload)
+    except ValueError as error:
+        _complain(channel, payload, error)
+        return None
+    return event, encode(event)
+
+
+def _complain(channel: str, payload: Payload, error: ValueError) -> None:
+    log.warning("A payload on channel %r is not an event and was skipped (%s): %.200r", channel, error, payload)
+
+
 def _ring(wake: Iterable[Callable[[], None]]) -> None:
     for ring in dict.fromkeys(wake):
         ring()
@@ -317,12 +429,12 @@ _runtimes: dict[Hashable, Runtime] = {}
 _runtimes_lock = threading.Lock()
 
 
-def get(key: Hashable, make_broker: Callable[[], Broker]) -> Runtime:
+def get(key: Hashable, make_broker: Callable[[], Broker], cursors: Cursors | None = None) -> Runtime:
     """Return the runtime of the configuration ``key``; the first call makes it, with the broker of ``make_broker``."""
     with _runtimes_lock:
         runtime = _runtimes.get(key)
         if runtime is None:
-            runtime = _runtimes[key] = Runtime(make_broker())
+            runtime = _runtimes[key] = Runtime(make_broker(), cursors)
         return runtime
 
 
@@ -343,7 +455,7 @@ def _forget_after_fork() -> None:
 
 
 def _reset_on_change(*, setting: str, **kwargs: Any) -> None:
-    if setting == "DJANGO_SSE" or setting.startswith("REDIS_SSEQUEUE_"):
+    if setting in ("DJANGO_SSE", "SECRET_KEY", "SECRET_KEY_FALLBACKS") or setting.startswith("REDIS_SSEQUEUE_"):
         reset()
 
 

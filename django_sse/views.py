@@ -126,10 +126,14 @@ class BaseSseView(View):
         return self.http_method_names == View.http_method_names or method.lower() in self.http_method_names
 
     def get_last_id(self) -> str | None:
-        """Return the last event ID that the client has seen (``Last-Event-ID``), or ``None`` on a first connect."""
+        """Return the last event ID that the client has seen, or ``None`` on a first connect.
+
+        That is ``Last-Event-ID``, or the query's ``last_event_id`` for clients that cannot send the header: a page that
+        has just been loaded, or a polyfill.
+        """
         value = self.request.META.get("HTTP_LAST_EVENT_ID")
         if not isinstance(value, str):
-            return None
+            return self.request.GET.get("last_event_id")
         # Servers hand headers on as latin-1; browsers send the id as UTF-8 (WHATWG HTML, section 9.2.3).
         try:
             return value.encode("latin-1").decode()

@@ -67,6 +67,10 @@ class Sse(sse.Sse):  # type: ignore[misc]
         """
         self._buffer.append(_message(Event.of(event, text, encoding=encoding)))
 
+    def add(self, event: Event) -> None:
+        """Add ``event``, with its id, as one block."""
+        self._buffer.append(encode(event).decode())
+
     def add_comment(self, text: str = "") -> None:
         """Add a comment: bytes on the connection that no script sees, such as a heartbeat."""
         self._buffer.append(_comment(text))

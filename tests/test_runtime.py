@@ -39,8 +39,13 @@ class Recorder(Broker):
         self.calls = []
         self.error = error
 
-    def publish(self, channel, payload):
-        self.deliver([(channel, payload)])
+    def publish_all(self, publications):
+        for channel, payload, *_ in publications:
+            self.deliver([(channel, payload)])
+        return [None] * len(publications)
+
+    def fetch(self, channels):
+        raise NotImplementedError("no channel here has history")
 
     def subscribe(self, channel):
         self.calls.append(("subscribe", channel))

@@ -8,13 +8,31 @@ return at once and never call back. ``tests/brokers/test_contract.py`` states ev
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
-__all__ = ["Broker", "Deliver", "Payload"]
+from django_sse.history import History, Past, Position
+
+__all__ = ["FETCH_BYTES", "META_TTL", "Broker", "Deliver", "Payload", "Publication"]
+
+#: Bytes of payloads that are fetched of a channel at most: what was missed beyond that is gone.
+FETCH_BYTES = 16 * 1024 * 1024
+#: Seconds for which a channel's count is kept after its last event or look: longer than its events, so that a client of
+#: a quiet channel that comes back is known to have missed nothing.
+META_TTL = 30 * 24 * 3600
 
 Payload = bytes | str
 #: Called with (channel, payload) pairs in the order in which they were published, by one thread at a time per channel.
 Deliver = Callable[[list[tuple[str, Payload]]], None]
+
+
+class Publication(NamedTuple):
+    """A payload on its way to ``channel``; kept there if that has a ``history``, once for each ``key``."""
+
+    channel: str
+    payload: str
+    history: History | None = None
+    key: str | None = None
 
 
 class Broker(ABC):
@@ -22,12 +40,31 @@ class Broker(ABC):
 
     def __init__(self) -> None:
         self.deliver: Deliver = _nobody_listens
+        #: Called with a channel that is received again: some of what was published meanwhile was not.
+        self.resubscribed: Callable[[str], None] = _nobody_missed
 
-    @abstractmethod
-    def publish(self, channel: str, payload: str) -> None:
-        """Send ``payload`` to every process that is subscribed to ``channel``.
+    def publish(
+        self, channel: str, payload: str, history: History | None = None, key: str | None = None
+    ) -> Position | None:
+        """Send ``payload`` to every process that is subscribed to ``channel``; return its place in the history.
+
+        With ``history`` it is counted, kept and sent in one step, so that all see one order; what is sent has the
+        position as a third element. What was published with the same ``key``, and is still kept, is not published
+        again, and its position is returned.
 
         Raises ``BrokerUnavailable`` when it cannot be handed over.
+        """
+        return self.publish_all([Publication(channel, payload, history, key)])[0]
+
+    @abstractmethod
+    def publish_all(self, publications: Sequence[Publication]) -> list[Position | None]:
+        """Do what ``publish()`` does for several, in their order."""
+
+    @abstractmethod
+    def fetch(self, channels: Sequence[tuple[str, History, int]]) -> list[Past]:
+        """Return of each channel its top, and its events from an offset on, latest first if there is not room for all.
+
+        The payloads are as they were published. Raises ``BrokerUnavailable``.
         """
 
     @abstractmethod
@@ -53,6 +90,10 @@ class Broker(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give back connections and threads. A closed broker may be used again."""
+
+
+def _nobody_missed(channel: str) -> None:
+    """Stand in for ``resubscribed`` likewise."""
 
 
 def _nobody_listens(batch: list[tuple[str, Payload]]) -> None:

@@ -1,5 +1,8 @@
 """The Redis broker: publishes through the caller's client, and reads through one pub/sub connection per process.
 
+A channel with history is published to by ``publish.lua``, whose head says what it wants: other programs may call it,
+too. What is kept is fetched by ``read.lua``, through a connection of its own.
+
 One thread owns that connection: it alone writes to it and reads from it (a TLS socket allows nothing else), and it
 never dies of an error. Other threads only change what is wanted and ring its bell. It reconnects for as long as it
 takes, and gives the connection back when nothing has been wanted for a while.
@@ -8,6 +11,7 @@ takes, and gives the connection back when nothing has been wanted for a while.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import random
 import selectors
@@ -15,14 +19,16 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import redis
 
 from django_sse.exceptions import BrokerUnavailable
+from django_sse.history import History, Past, Position
 
-from .base import Broker, Payload
+from .base import FETCH_BYTES, Broker, Payload, Publication
 
 __all__ = ["RedisBroker", "RedisUnavailable"]
 
@@ -42,6 +48,34 @@ STOP_TIMEOUT = 1.0
 BACKOFF = (0.05, 2.0)
 #: Seconds between two looks at a connection whose client has no socket to wait for (a fake one in a test).
 POLL_INTERVAL = 0.01
+#: Events, and bytes of them, that are published in one round trip at most.
+PIPELINE_EVENTS, PIPELINE_BYTES = 500, 4 * 1024 * 1024
+#: Bytes of payloads that Redis returns in one reply, or little more: it serves nobody else meanwhile.
+PAGE_BYTES = 1024 * 1024
+
+
+class _Script:
+    """A script that Redis runs as one step."""
+
+    def __init__(self, name: str) -> None:
+        self.text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+        # A name, not a secret.
+        self.sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+
+    def run(self, client: redis.Redis, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        try:
+            return client.evalsha(self.sha, len(keys), *keys, *args)
+        except redis.exceptions.NoScriptError:
+            return client.eval(self.text, len(keys), *keys, *args)
+
+
+_publish = _Script("publish.lua")
+_read = _Script("read.lua")
+
+
+def _keys(channel: str) -> list[str]:
+    # Braces, so that both are in one slot of a cluster.
+    return [f"django-sse:{{{channel}}}:meta", f"django-sse:{{{channel}}}:log"]
 
 
 class RedisUnavailable(BrokerUnavailable, redis.exceptions.ConnectionError):
@@ -71,16 +105,35 @@ class RedisBroker(Broker):
         #: Whether a loss has been logged, and its end has not.
         self._outage = False
         self._reader: _Reader | None = None
+        # Fetches what is kept: one thread at a time does. ``None`` until somebody needs it, and after a failure.
+        self._fetcher: redis.Redis | None = None
 
-    def publish(self, channel: str, payload: str) -> None:
+    def publish_all(self, publications: Sequence[Publication]) -> list[Position | None]:
+        done: list[Position | None] = []
         try:
-            self.connect().publish(channel, payload)
+            client = self.connect()
+            for group in _groups(publications):
+                done += _publish_group(client, group)
         except redis.exceptions.TimeoutError as error:
             raise RedisUnavailable(
-                f"Redis did not answer while an event was sent on channel {channel!r}: {error}"
+                f"Redis did not answer while an event was sent on {_names(publications[len(done) :])}: {error}"
             ) from error
         except redis.exceptions.ConnectionError as error:
-            raise RedisUnavailable(f"The event for channel {channel!r} was not sent: {error}") from error
+            raise RedisUnavailable(
+                f"The event for {_names(publications[len(done) :])} was not sent: {error}"
+            ) from error
+        return done
+
+    def fetch(self, channels: Sequence[tuple[str, History, int]]) -> list[Past]:
+        client, self._fetcher = self._fetcher, None
+        try:
+            if client is None:
+                client = _client_of_its_own(self.connect())
+            pasts = _fetch(client, channels)
+        except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
+            raise RedisUnavailable(f"The history of {len(channels)} channel(s) cannot be fetched: {error}") from error
+        self._fetcher = client
+        return pasts
 
     def subscribe(self, channel: str) -> None:
         with self._state:
@@ -118,6 +171,9 @@ class RedisBroker(Broker):
             reader.nudge()
 
     def close(self) -> None:
+        fetcher, self._fetcher = self._fetcher, None
+        if fetcher is not None:
+            fetcher.connection_pool.disconnect()
         with self._state:
             reader, self._reader = self._reader, None
             self._wanted.clear()
@@ -164,6 +220,7 @@ class RedisBroker(Broker):
             if channel in self._wanted:
                 self._confirmed.add(channel)
                 self._state.notify_all()
+        self.resubscribed(channel)
 
     def refuse(self, reader: _Reader, channel: str, error: Exception) -> None:
         """Redis will not deliver ``channel``, whatever happens to the others."""
@@ -182,7 +239,7 @@ class RedisBroker(Broker):
                 self._outage = True
                 log.warning(
                     "The Redis subscription of this process is lost (%s); reconnecting. "
-                    "Open streams stay open; what is published meanwhile does not reach them.",
+                    "Open streams stay open; what is published meanwhile reaches them only where there is a HISTORY.",
                     error,
                 )
             self._down = error
@@ -407,6 +464,101 @@ def _client_of_its_own(client: redis.Redis) -> redis.Redis:
     kwargs = {**pool.connection_kwargs, "decode_responses": False}
     kwargs["socket_timeout"] = kwargs.get("socket_timeout") or MESSAGE_TIMEOUT
     return redis.Redis(connection_pool=redis.ConnectionPool(pool.connection_class, **kwargs))
+
+
+def _groups(publications: Sequence[Publication]) -> Iterator[list[Publication]]:
+    """Divide ``publications`` into round trips."""
+    group: list[Publication] = []
+    size = 0
+    for publication in publications:
+        group.append(publication)
+        size += len(publication.payload)
+        if len(group) >= PIPELINE_EVENTS or size >= PIPELINE_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _publish_group(client: redis.Redis, group: Sequence[Publication]) -> list[Position | None]:
+    if len(group) == 1:
+        channel, payload, history, _ = group[0]
+        if history is None:
+            client.publish(channel, payload)
+            return [None]
+        return [_position(_publish.run(client, *_script_arguments(group[0], history)))]
+    with client.pipeline(transaction=False) as pipeline:
+        # First of all: what comes later in the same round trip then finds it.
+        pipeline.script_load(_publish.text)
+        for publication in group:
+            if publication.history is None:
+                pipeline.publish(publication.channel, publication.payload)
+            else:
+                keys, args = _script_arguments(publication, publication.history)
+                pipeline.evalsha(_publish.sha, len(keys), *keys, *args)
+        answers = pipeline.execute()[1:]
+    return [
+        None if publication.history is None else _position(answer)
+        for publication, answer in zip(group, answers, strict=True)
+    ]
+
+
+def _script_arguments(publication: Publication, history: History) -> tuple[list[str], list[Any]]:
+    keys = _keys(publication.channel)
+    if publication.key is not None:
+        keys.append(f"django-sse:{{{publication.channel}}}:id:{publication.key}")
+    return keys, [publication.channel, publication.payload, history.size, history.ttl]
+
+
+def _position(answer: Any) -> Position:
+    epoch, offset, check = answer[:3]
+    return Position(int(epoch), int(offset), int(check))
+
+
+def _names(publications: Sequence[Publication]) -> str:
+    channels = dict.fromkeys(publication.channel for publication in publications)
+    return "channel " + ", ".join(map(repr, channels))
+
+
+def _fetch(client: redis.Redis, channels: Sequence[tuple[str, History, int]]) -> list[Past]:
+    with client.pipeline(transaction=False) as pipeline:
+        pipeline.script_load(_read.text)
+        for channel, history, lowest in channels:
+            keys = _keys(channel)
+            pipeline.evalsha(_read.sha, len(keys), *keys, (1 << 53) - 1, lowest, PAGE_BYTES, history.ttl)
+        answers = pipeline.execute()[1:]
+    pasts = []
+    for (channel, history, lowest), answer in zip(channels, answers, strict=True):
+        pasts.append(_whole(client, channel, history, lowest, answer))
+    return pasts
+
+
+def _whole(client: redis.Redis, channel: str, history: History, lowest: int, answer: Any) -> Past:
+    """Return what is kept, of which ``answer`` is the latest page, going back page by page."""
+    top = _position(answer)
+    events: list[tuple[Position, Payload]] = []
+    room = FETCH_BYTES
+    while True:
+        page = [(_entry(top.epoch, id), payload) for id, payload in zip(answer[3][::2], answer[3][1::2], strict=True)]
+        events += page
+        size = sum(len(payload) for _, payload in page)
+        room -= size
+        if size < PAGE_BYTES or room <= 0 or page[-1][0].offset <= max(lowest, 1):
+            break
+        args = [page[-1][0].offset - 1, lowest, PAGE_BYTES, history.ttl]
+        answer = _read.run(client, _keys(channel), args)
+        if int(answer[0]) != top.epoch:
+            return Past(_position(answer), (), complete=False)  # nothing is left of what was begun
+    # Until the first that is missing: others may have been trimmed between two pages.
+    whole = [at for number, at in enumerate(events) if at[0].offset == top.offset - number]
+    whole.reverse()
+    complete = room > 0 and len(whole) == len(events) and (not whole or whole[0][0].offset > lowest)
+    return Past(top, whole, complete)
+
+
+def _entry(epoch: int, id: bytes | str) -> Position:
+    offset, check = _text(id).split("-")
+    return Position(epoch, int(offset), int(check))
 
 
 def _text(channel: bytes | str) -> str:

@@ -1,0 +1,79 @@
+"""Fetches from the broker what this process has missed, or never had: grouped, so that many who ask cost one look.
+
+Whoever needs something says so in the hub, and then either waits here (a view, before it sends its headers) or lets a
+thread see to it (streams that are open must not wait). One fetch at a time takes all that is needed at that moment.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections.abc import Callable
+
+from .exceptions import BrokerUnavailable
+
+__all__ = ["Recovery"]
+
+log = logging.getLogger("django_sse")
+
+#: Seconds to wait after a failure: the first time, doubled at each further one, up to the last. Jittered by half.
+BACKOFF = (0.05, 2.0)
+
+
+class Recovery:
+    """Calls ``fetch``, which fetches all that is needed just then: in the caller's thread, or in one of its own."""
+
+    def __init__(self, fetch: Callable[[], None]) -> None:
+        self._fetch = fetch
+        #: Held by whoever fetches.
+        self._turn = threading.Lock()
+        #: Guards the thread.
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        # Whether something is needed since the thread last began to fetch.
+        self._rung = False
+        self._closed = threading.Event()
+
+    def wait(self) -> None:
+        """Return when all that is needed now has been fetched. Raises what ``fetch`` raises."""
+        with self._turn:
+            self._fetch()
+
+    def ring(self) -> None:
+        """Have it fetched soon, by a thread that tries for as long as it takes. From any thread."""
+        with self._lock:
+            self._rung = True
+            if self._thread is None and not self._closed.is_set():
+                thread = threading.Thread(target=self._run, name="django-sse-recovery", daemon=True)
+                thread.start()
+                self._thread = thread
+
+    def close(self) -> None:
+        """Fetch no more."""
+        self._closed.set()
+
+    def _run(self) -> None:
+        failures = 0
+        while True:
+            with self._lock:
+                if (not self._rung and not failures) or self._closed.is_set():
+                    self._thread = None
+                    return
+                self._rung = False
+            try:
+                with self._turn:
+                    self._fetch()
+                failures = 0
+            except Exception as error:  # noqa: BLE001  # whatever it is, open streams wait for the next attempt
+                self._complain(error, failures)
+                first, last = BACKOFF
+                self._closed.wait(min(last, first * 2 ** min(failures, 16)) * random.uniform(0.5, 1.0))
+                failures += 1
+
+    @staticmethod
+    def _complain(error: Exception, failures: int) -> None:
+        if not isinstance(error, BrokerUnavailable):
+            log.exception("What this process has missed could not be fetched; trying again", exc_info=error)
+        elif failures == 0:
+            log.warning("What this process has missed cannot be fetched now (%s); trying again.", error)

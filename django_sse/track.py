@@ -1,0 +1,289 @@
+"""One channel with history, as one process follows it: what it has had, what it lacks, and what is to be done. Pure.
+
+Events come live, one after the other, and in what is fetched from the broker, in any overlap. What comes out is every
+event once and in order; or, where some are gone, a reset. Whoever asks what has come after a position is answered from
+the recent events, or has to have something fetched first.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+from .event import Event
+from .history import EPOCH, EXPIRED, UNKNOWN, Gap, History, Log, Past, Position
+
+__all__ = ["TOP", "Frame", "NotFetched", "Step", "Track", "Want", "with_id"]
+
+#: Above every offset: of a channel, nothing but its end is wanted.
+TOP = 1 << 53
+#: Events that are kept while those before them are being fetched. More can be fetched as well.
+PENDING = 1000
+#: Fetched events that come out in one go: others shall have the lock, and slow clients a moment.
+SLICE = 64
+#: Ended epochs that are remembered: whoever comes back from one of them needs no look at the broker.
+DEAD_EPOCHS = 16
+
+Frame = tuple[Event, bytes]
+
+
+class Want(NamedTuple):
+    """What is to be fetched of a channel: its top, and its events from the offset ``lowest`` on."""
+
+    channel: str
+    history: History
+    lowest: int
+    #: Where the channel was, as far as this process knew then.
+    known: Position | None
+
+
+class Step(NamedTuple):
+    """What comes out: the event at ``position``, or that ``reset`` events are gone (``EPOCH`` or ``EXPIRED``)."""
+
+    #: Where the channel was before.
+    before: Position | None
+    position: Position | None = None
+    frame: Frame | None = None
+    reset: str | None = None
+
+
+class NotFetched(Exception):
+    """It has to be fetched first."""
+
+
+class Track:
+    """What this process knows of ``channel``.
+
+    ``needs`` is where it says, by its name, from what offset on it wants its events fetched. ``make_id`` gives the id
+    of a position of this channel alone: its events carry it.
+    """
+
+    def __init__(
+        self,
+        channel: str,
+        history: History,
+        needs: MutableMapping[str, int],
+        make_id: Callable[[Position], str],
+    ) -> None:
+        self.channel = channel
+        self.history = history
+        #: Those who wait for a fetch.
+        self.starved: dict[Any, None] = {}
+        self._needs = needs
+        self._make_id = make_id
+        # The recent events, with their ids. None is in the place of one that could not be read.
+        self._log: Log[Frame | None] = Log(history.size, history.ttl)
+        # Epochs that are known to have ended.
+        self._dead: dict[int, None] = {}
+        # Events that were fetched, and are still to come out.
+        self._backlog: deque[tuple[Position, Frame | None]] = deque()
+        # Events that have come without the one before them, and how many of them had when the last fetch began.
+        self._pending: list[tuple[Position, Frame]] = []
+        self._pending_before = 0
+
+    @property
+    def top(self) -> Position | None:
+        """Behind which event the channel is, as far as it has come out; ``None`` where nothing is known."""
+        return self._log.top
+
+    @property
+    def size(self) -> int:
+        """Roughly what the recent events take, in bytes."""
+        return self._log.bytes
+
+    def shrink(self) -> None:
+        """Forget the older half of the recent events: they can be fetched again."""
+        self._log.shrink()
+
+    def expire(self, now: float) -> None:
+        """Forget the recent events if their time is over."""
+        self._log.expire(now)
+
+    # -- what is missed ---------------------------------------------------------------------------------------------
+
+    def after(self, position: Position | None, *, decided: bool) -> Sequence[tuple[Position, Frame | None]]:
+        """Return what has come after ``position``, oldest first.
+
+        Raises ``Gap`` where that is gone, and ``NotFetched`` where that is not known before something has been fetched,
+        which is needed from then on. ``decided``: it has been fetched.
+        """
+        if position is None:
+            raise Gap(UNKNOWN)
+        try:
+            return self._log.after(position)
+        except Gap as gap:
+            if decided or position.epoch in self._dead or (gap.reason == EXPIRED and self._log.complete):
+                if gap.reason == EPOCH:
+                    self._bury(position.epoch)
+                raise
+            # This process may be the one that does not know the latest.
+            self.need(0 if gap.reason == EXPIRED else _offset(self.top))
+            raise NotFetched from None
+
+    def need(self, lowest: int) -> None:
+        """Want the events from the offset ``lowest`` on."""
+        self._needs[self.channel] = min(lowest, self._needs.get(self.channel, TOP))
+
+    def refresh(self) -> None:
+        """Want what has come since the last event: it may not have been delivered."""
+        if self.top is not None:
+            self.need(self.top.offset)
+
+    # -- what comes -------------------------------------------------------------------------------------------------
+
+    def came(self, position: Position, event: Event, frame: bytes, now: float) -> Iterator[Step]:
+        """Take what was delivered live; yield what comes out. ``now``: seconds of a clock that does not go back."""
+        top = self.top
+        if top is None:
+            # Nobody has been placed yet, so nobody is owed it; but what is fetched may end before it.
+            self._log.start(position)
+        elif _follows(position, top):
+            yield from self._come_out(position, (event, frame), now)
+        elif (
+            position.epoch != top.epoch
+            or position.offset > top.offset
+            or self._log.check_at(position.offset) not in (None, position.check)
+        ):
+            self._postpone(position, (event, frame))
+        # Else it was fetched before it came.
+
+    def want(self, lowest: int) -> Want:
+        """Begin to fetch. ``fetched()`` and ``go_on()`` follow, or ``need()`` where that fails."""
+        self._pending_before = len(self._pending)
+        return Want(self.channel, self.history, lowest, self.top)
+
+    def fetched(self, want: Want, past: Past, now: float) -> Iterator[Step]:
+        """Take what was fetched, ``(position, (event, frame) or None)`` each; yield what comes out at once."""
+        self._log.expire(now)
+        top = self.top
+        if top is None:
+            self._load(past, now)
+        elif (reason := self._broken(top, past, want.known)) is not None:
+            yield from self._begin_anew(top, reason, past, now)
+        else:
+            self._extend(top, past)
+
+    def go_on(self, now: float) -> Iterator[Step]:
+        """Yield some of what was fetched, until nothing is left of it (``is_behind``)."""
+        for _ in range(min(SLICE, len(self._backlog))):
+            position, frame = self._backlog.popleft()
+            if _follows(position, self.top):  # else it was delivered meanwhile
+                yield from self._come_out(position, frame, now)
+        if self._backlog:
+            return
+        pending, self._pending = self._pending, []
+        before, self._pending_before = self._pending_before, 0
+        for number, (position, item) in enumerate(pending):
+            # What had come before the fetch, and still does not fit, is of a time that is over.
+            if number >= before or _follows(position, self.top):
+                yield from self.came(position, *item, now)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether ``go_on()`` has something to yield that was fetched."""
+        return bool(self._backlog)
+
+    # -- how --------------------------------------------------------------------------------------------------------
+
+    def _come_out(self, position: Position, frame: Frame | None, now: float) -> Iterator[Step]:
+        if frame is not None:
+            frame = with_id(*frame, self._make_id(position))
+            yield Step(self.top, position, frame)
+        # Only now: whoever is looked at meanwhile has not had it.
+        self._log.add(position, frame, now, 0 if frame is None else len(frame[1]))
+
+    def _postpone(self, position: Position, item: Frame) -> None:
+        self._pending.append((position, item))
+        if len(self._pending) > PENDING:
+            del self._pending[0]
+            self._pending_before = max(0, self._pending_before - 1)
+        if not self._backlog:
+            self.refresh()
+
+    def _broken(self, top: Position, past: Past, known: Position | None) -> str | None:
+        """Return why ``past`` does not continue the log, which ends at ``top``; ``None`` if it does."""
+        if past.top.epoch != top.epoch:
+            return EPOCH
+        # What was fetched is no older than what was known before: the broker has gone back in time.
+        if known is not None and known.epoch == top.epoch and past.top.offset < known.offset:
+            return EPOCH
+        for position in (*(position for position, _ in past.events), past.top):
+            if position.offset <= top.offset and self._log.check_at(position.offset) not in (None, position.check):
+                return EPOCH
+        lowest = past.events[0][0].offset if past.events else past.top.offset + 1
+        return EXPIRED if past.top.offset > top.offset and lowest > top.offset + 1 else None
+
+    def _load(self, past: Past, now: float) -> None:
+        """Let the log be what was fetched."""
+        base, events, complete = _anchored(past)
+        self._log.start(base, complete=complete)
+        for position, frame, size in self._with_ids(events):
+            self._log.add(position, frame, now, size)
+
+    def _extend(self, top: Position, past: Past) -> None:
+        """Add what was fetched before the log's beginning; what comes after its end is to come out."""
+        log = self._log
+        base, events, complete = _anchored(past)
+        assert log.base is not None, "it has a top"
+        if base.offset < log.base.offset <= past.top.offset:
+            older = [(position, frame) for position, frame in events if position.offset <= log.base.offset]
+            log.prepend(self._with_ids(older), base, complete=complete)
+        elif complete and base.offset >= log.base.offset:
+            log.complete = True
+        self._backlog.extend((position, frame) for position, frame in past.events if position.offset > top.offset)
+
+    def _begin_anew(self, top: Position, reason: str, past: Past, now: float) -> Iterator[Step]:
+        first = past.events[0][0].offset if past.events else 0
+        if past.top.epoch == top.epoch or first > 1:
+            self._load(past, now)
+        else:
+            # All of a new epoch: nobody has had any of it.
+            self._log.start(Position(past.top.epoch, 0, 0), complete=True)
+            self._backlog.extend(past.events)
+        self._dead.pop(past.top.epoch, None)
+        self._bury(top.epoch)
+        yield Step(top, reset=reason)
+
+    def _bury(self, epoch: int) -> None:
+        if self.top is not None and epoch != self.top.epoch:
+            self._dead[epoch] = None
+            if len(self._dead) > DEAD_EPOCHS:
+                del self._dead[next(iter(self._dead))]
+
+    def _with_ids(
+        self, events: Iterable[tuple[Position, Frame | None]]
+    ) -> Iterator[tuple[Position, Frame | None, int]]:
+        for position, frame in events:
+            if frame is None:
+                yield position, None, 0
+            else:
+                frame = with_id(*frame, self._make_id(position))
+                yield position, frame, len(frame[1])
+
+
+def with_id(event: Event, frame: bytes, id: str | None) -> Frame:
+    """Return the event and its frame with ``id`` instead of its own."""
+    if event.id is not None:
+        frame = frame[frame.index(b"\n") + 1 :]
+    if id is not None:
+        frame = b"id: %s\n%s" % (id.encode(), frame)
+    return Event(event.name, event.data, id), frame
+
+
+def _offset(position: Position | None) -> int:
+    return 0 if position is None else position.offset
+
+
+def _follows(position: Position, top: Position | None) -> bool:
+    return top is not None and position.epoch == top.epoch and position.offset == top.offset + 1
+
+
+def _anchored(past: Past) -> tuple[Position, Sequence[tuple[Position, Any]], bool]:
+    """Return the position behind which ``past`` is known, what comes after it, and whether that is all there is."""
+    if not past.events:
+        return past.top, (), past.complete
+    first = past.events[0][0]
+    if first.offset == 1:
+        return Position(first.epoch, 0, 0), past.events, True
+    return first, past.events[1:], past.complete
