@@ -10,7 +10,7 @@ all that it gets can be had again, from the channels' history; elsewhere one tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .event import Event
@@ -80,8 +80,8 @@ class Subscription:
 
     __slots__ = (
         "__weakref__",
+        "_asked",
         "_behind",
-        "_decided",
         "_end",
         "_place",
         "_size",
@@ -116,8 +116,8 @@ class Subscription:
         self._end: _Entry | None = None
         # By channel, what it has seen, including the page: while it has no place in the audience's log.
         self._behind: dict[str, Position | None] | None = None
-        # Whether what it misses has been fetched, so that what is not there is gone.
-        self._decided = False
+        # From what offset on what it misses has been fetched, by track: what is not there then is gone.
+        self._asked: dict[Track, int] = {}
         #: Whether its view has to be asked anew where its client would otherwise be sent a ``stream-reset``.
         self.ends_on_reset = False
 
@@ -130,6 +130,11 @@ class Subscription:
     def events(self) -> int:
         """How many events were taken."""
         return self._place.number - self._start
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether it has no place in the audience's log."""
+        return self._behind is not None
 
     @property
     def drained(self) -> bool:
@@ -183,16 +188,11 @@ class Subscription:
 
     def fall_behind(self, positions: dict[str, Position | None]) -> None:
         """Have what waits dropped, and all that comes, and fetched when its client comes for it."""
-        self._behind, self._decided = positions, False
+        self._behind = positions
+        self._asked.clear()
         self.slow = True
         nothing = _Entry(self._place.number, self._place.size)
         self.place(nothing, nothing)
-
-    def feed(self) -> None:
-        """Say that what it misses has been fetched: what is not there now is gone."""
-        self._decided = True
-        for track in self.audience.tracks:
-            track.starved.pop(self, None)
 
     def __len__(self) -> int:
         return (self._end or self.audience.end).number - self._place.number
@@ -249,8 +249,10 @@ class Audience:
         """
         number, size = self.end.number + 1, self.end.size + len(frame)
         gone = []
+        if self.tracks and not before:
+            gone = self._end_those_behind()
         if number >= self._look_at_number or size > self._look_at_size:
-            gone = self._look(number, size, outcome)
+            gone += self._look(number, size, outcome)
         self.end = self.end.fill(event, frame, before)
         if self.waiting:
             outcome.wake += [waiting.wake for waiting in self.waiting if waiting.wake and waiting.ended is None]
@@ -267,7 +269,7 @@ class Audience:
         gone = []
         # Where this process was held up, all of them overflow at one time.
         copies: dict[_Entry, _Entry] = {}
-        seen: dict[_Entry, dict[str, Position | None]] = {}
+        seen: dict[_Entry, dict[str, Position | None] | None] = {}
         # A subscription that comes later, or has caught up, cannot be crowded before that.
         next_number, next_size = number + self.max_events // 2, size + self.max_bytes // 2
         for subscription in self.subscriptions:
@@ -281,10 +283,10 @@ class Audience:
                 continue
             # A single frame larger than the bound may wait alone: it could never be delivered otherwise.
             if events > self.max_events or (events > 1 and waiting > self.max_bytes):
-                if self.has_history:
-                    if place not in seen:
-                        seen[place] = self._seen_before(place)
-                    subscription.fall_behind(dict(seen[place]))
+                if self.has_history and place not in seen:
+                    seen[place] = self._seen_before(place)
+                if (positions := seen.get(place)) is not None:
+                    subscription.fall_behind(dict(positions))
                     self.waiting.pop(subscription, None)
                     outcome.behind.append(subscription)
                     continue
@@ -341,25 +343,33 @@ class Audience:
             frame = with_id(*frame, self._make_id({**self.positions(), track.channel: position}))
         return self.put(*frame, outcome, ((track.channel, before),))
 
+    def _end_those_behind(self) -> list[Subscription]:
+        """End those who would never get an event that is not kept; return them."""
+        behind = [each for each in self.subscriptions if each._behind is not None and each.ended is None]
+        for subscription in behind:
+            subscription.end("overflow")
+        return behind
+
     def missed(
-        self, positions: Mapping[str, Position | None], *, decided: bool
+        self, positions: Mapping[str, Position | None], asked: Mapping[Track, int], limit: int
     ) -> tuple[list[tuple[Track, Position, Frame | None]], dict[str, list[Track]]]:
         """Return what has come after ``positions``, channel by channel, and those where it is gone, by reason.
 
-        Raises ``NotFetched``, unless it is ``decided`` that nothing more can be fetched.
+        At most ``limit`` events of each. ``asked``: from what offset on all has been fetched. Raises ``NotFetched``.
         """
         missed: list[tuple[Track, Position, Frame | None]] = []
         resets: dict[str, list[Track]] = {}
-        fetched = True
+        needed: dict[Track, int] = {}
         for track in self.tracks:
             try:
-                missed += [(track, *at) for at in track.after(positions[track.channel], decided=decided)]
+                after = track.after(positions.get(track.channel), asked.get(track), limit)
+                missed += [(track, *event) for event in after]
             except Gap as gap:
                 resets.setdefault(gap.reason, []).append(track)
-            except NotFetched:
-                fetched = False  # the others may need something, too
-        if not fetched:
-            raise NotFetched
+            except NotFetched as more:
+                needed.update(more.needed)  # the others may need something, too
+        if needed:
+            raise NotFetched(needed)
         return missed, resets
 
     def reset(self, track: Track, reason: str, before: Position | None, outcome: Outcome) -> list[Subscription]:
@@ -379,8 +389,7 @@ class Audience:
         """Let ``subscription`` begin here: what came before is not for it."""
         subscription._behind = None
         subscription.slow = False
-        subscription.place(self.end)
-        self.waiting[subscription] = None
+        self._lay(subscription, [], self.end)
 
     def place_behind(self, subscription: Subscription, positions: Mapping[str, Position]) -> None:
         """Let ``subscription`` begin behind ``positions``."""
@@ -396,32 +405,51 @@ class Audience:
         """
         behind = subscription._behind
         assert behind is not None, "it is only asked for those that are behind"
-        if any(subscription in track.starved for track in self.tracks):
+        if any(track.starves(subscription) for track in self.tracks):
             return
-        try:
-            missed, resets = self.missed(behind, decided=subscription._decided)
-        except NotFetched:
-            for track in self.tracks:
-                track.starved[subscription] = None
-            return
-        subscription._decided = False
-        if resets and subscription.ends_on_reset:
-            subscription.end("reset")
-            return
+        # Half of what may wait: the page's end may already be followed by what comes meanwhile. Others than those that
+        # are all history have no second page, for what comes to the rest of their channels would not be on it.
+        max_events, max_bytes = (self.max_events // 2 or 1, self.max_bytes // 2) if self.has_history else (TOP, TOP)
+        page: list[tuple[Frame, _Before]] = []
+        while not page:
+            try:
+                missed, resets = self.missed(behind, subscription._asked, max_events)
+            except NotFetched as more:
+                for track, lowest in more.needed.items():
+                    subscription._asked[track] = lowest
+                    track.starve(subscription)
+                return
+            subscription._asked.clear()
+            if resets and subscription.ends_on_reset:
+                subscription.end("reset")
+                return
+            page = self._page(behind, missed, resets, max_events, max_bytes)
+            if all(behind[track.channel] == track.top for track in self.tracks):
+                subscription._behind = None
+                self._lay(subscription, page, self.end)
+                self.look_again()
+                return
+        self._lay(subscription, page, None)
+
+    def _page(
+        self,
+        behind: dict[str, Position | None],
+        missed: Iterable[tuple[Track, Position, Frame | None]],
+        resets: Mapping[str, Sequence[Track]],
+        max_events: int,
+        max_bytes: int,
+    ) -> list[tuple[Frame, _Before]]:
+        """Return some of what was ``missed`` by who is at ``behind``, which goes on accordingly."""
         page: list[tuple[Frame, _Before]] = []
         for reason, tracks in resets.items():
             before = tuple((track.channel, behind[track.channel]) for track in tracks)
             behind.update((track.channel, track.top) for track in tracks)
             event = reset_event([track.history.name for track in tracks], reason, self._make_id(_only_known(behind)))
             page.append(((event, encode(event)), before))
-        # Half of what may wait: the page's end may already be followed by what comes meanwhile. Others than those that
-        # are all history have no second page, for what comes to the rest of their channels would not be on it.
-        max_events, max_bytes = (self.max_events // 2, self.max_bytes // 2) if self.has_history else (TOP, TOP)
         size = 0
         for track, position, frame in missed:
             if page and (len(page) >= max_events or size >= max_bytes):
-                self._lay(subscription, page, None)
-                return
+                break
             before = ((track.channel, behind[track.channel]),)
             behind[track.channel] = position
             if frame is not None:
@@ -429,9 +457,7 @@ class Audience:
                     frame = with_id(*frame, self._make_id(_only_known(behind)))
                 page.append((frame, before))
                 size += len(frame[1])
-        subscription._behind = None
-        self._lay(subscription, page, self.end)
-        self.look_again()
+        return page
 
     def _lay(
         self,
@@ -451,15 +477,19 @@ class Audience:
             subscription.place(first, entry)
         elif first is entry:
             subscription.place(end)
+            if not subscription.shared:
+                self.waiting[subscription] = None
         else:
             last.next = end
             subscription.place(first)
 
-    def _seen_before(self, place: _Entry) -> dict[str, Position | None]:
-        """Return what somebody has seen who has seen all before ``place``."""
+    def _seen_before(self, place: _Entry) -> dict[str, Position | None] | None:
+        """Return what somebody has seen who has seen all before ``place``; ``None``: not all of it can be had again."""
         seen: dict[str, Position | None] = {}
-        entry: _Entry | None = place
-        while entry is not None:
+        entry = place
+        while entry.next is not None:
+            if not entry.before:
+                return None
             for channel, position in entry.before:
                 seen.setdefault(channel, position)
             entry = entry.next
@@ -493,5 +523,7 @@ class Outcome:
     behind: list[Subscription] = field(default_factory=list)
     #: Subscriptions that have ended just now, and are no longer registered: they overflowed, or are to be asked anew.
     ended: list[Subscription] = field(default_factory=list)
+    #: Whether the event cannot be had again although its channel has history.
+    is_unkept: bool = False
     #: Channels that nobody listens to any more.
     idle: list[str] = field(default_factory=list)

@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import logging
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from functools import partial
@@ -604,6 +605,17 @@ class Mail:
         """There is nothing to give back."""
 
 
+class _MailHere(Mail):
+    """A mailbox under a server of threads, or of greenlets."""
+
+    def take(self) -> Chunk | None:
+        chunk = super().take()
+        if self.mailbox.is_behind:
+            # A greenlet that finds page after page, for a client that takes them all, would never let another one run.
+            time.sleep(0)
+        return chunk
+
+
 def _next(prepare: Callable[[], None], steps: _SyncSteps) -> object:
     prepare()
     return next(steps, DONE)
@@ -631,5 +643,5 @@ FEEDS: dict[str, tuple[Callable[[Source, Workers], Feed], Callable[[Source, Work
     #           by a thread or greenlet (WSGI)   by an event loop (ASGI)
     "sync": (_Here, _InThread),
     "async": (_InLoop, InTask),
-    "mailbox": (Mail, Mail),
+    "mailbox": (_MailHere, Mail),
 }

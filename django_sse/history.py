@@ -8,9 +8,7 @@ position is either all of what the log says, or a ``Gap``: never a part of it.
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from .event import Event
@@ -26,6 +24,9 @@ UNKNOWN = "unknown"
 
 #: Bytes that an event in a log takes beside those of its item, roughly.
 ENTRY_BYTES = 600
+
+#: In the place of what was dropped.
+_FORGOTTEN: Any = None
 
 T = TypeVar("T")
 
@@ -86,7 +87,7 @@ class Log(Generic[T]):
     Times are seconds of any clock that does not go back.
     """
 
-    __slots__ = ("_entries", "_last", "base", "bytes", "complete", "size", "ttl")
+    __slots__ = ("_entries", "_first", "_last", "base", "bytes", "complete", "size", "ttl")
 
     def __init__(self, size: int, ttl: float) -> None:
         self.size = size
@@ -97,21 +98,24 @@ class Log(Generic[T]):
         self.complete = False
         #: Roughly what it takes.
         self.bytes = 0
-        self._entries: deque[tuple[Position, T, int]] = deque()
+        # A list, for one may begin to read anywhere; what is dropped at its beginning is cleared away now and then.
+        self._entries: list[tuple[Position, T, int]] = []
+        self._first = 0
         self._last = 0.0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._entries) - self._first
 
     @property
     def top(self) -> Position | None:
         """The position behind the last event."""
-        return self._entries[-1][0] if self._entries else self.base
+        return self._entries[-1][0] if len(self) else self.base
 
-    def start(self, base: Position, *, complete: bool = False) -> None:
+    def start(self, base: Position, now: float, *, complete: bool = False) -> None:
         """Forget all; what is added next comes after ``base``."""
-        self._entries.clear()
-        self.bytes = 0
+        self._entries = []
+        self._first = self.bytes = 0
+        self._last = now
         self.base = base
         self.complete = complete
 
@@ -120,38 +124,41 @@ class Log(Generic[T]):
         self._last = now
         self._entries.append((position, item, size + ENTRY_BYTES))
         self.bytes += size + ENTRY_BYTES
-        if len(self._entries) > self.size:
-            self._drop_oldest()
+        if len(self) > self.size:
+            self._forget(1)
 
-    def prepend(self, events: Iterable[tuple[Position, T, int]], base: Position, *, complete: bool) -> None:
+    def prepend(self, events: Iterable[tuple[Position, T, int]], base: Position, now: float, *, complete: bool) -> None:
         """Add what came between ``base`` and the present base, oldest first, as far as there is room."""
-        room = self.size - len(self._entries)
+        room = self.size - len(self)
         older = list(events)
-        for position, item, size in reversed(older[max(0, len(older) - room) :]):
-            self._entries.appendleft((position, item, size + ENTRY_BYTES))
-            self.bytes += size + ENTRY_BYTES
+        added = [(position, item, size + ENTRY_BYTES) for position, item, size in older[max(0, len(older) - room) :]]
+        self._entries[: self._first] = added
+        self._first = 0
+        self.bytes += sum(size for _, _, size in added)
+        self._last = now  # somebody has kept them until now
         self.base = older[-room - 1][0] if len(older) > room else base
         self.complete = complete
 
     def expire(self, now: float) -> None:
         """Forget the events if the last one is older than ``ttl`` seconds."""
-        if self._entries and now - self._last >= self.ttl:
-            self._forget(len(self._entries))
+        if len(self) and now - self._last >= self.ttl:
+            self._forget(len(self))
+            self.complete = False  # only who keeps them for all can say that they are gone
 
     def shrink(self) -> None:
         """Forget the older half, though somebody else may have kept it."""
-        self._forget((len(self._entries) + 1) // 2)
+        self._forget((len(self) + 1) // 2)
         self.complete = False
 
     def check_at(self, offset: int) -> int | None:
         """Return the check of the event number ``offset``; ``None`` where it is not known."""
         base = self.base
-        if base is None or not base.offset <= offset <= base.offset + len(self._entries):
+        if base is None or not base.offset <= offset <= base.offset + len(self):
             return None
-        return base.check if offset == base.offset else self._entries[offset - base.offset - 1][0].check
+        return base.check if offset == base.offset else self._entries[self._first + offset - base.offset - 1][0].check
 
-    def after(self, position: Position) -> list[tuple[Position, T]]:
-        """Return what has come after ``position``, oldest first. Raises ``Gap``."""
+    def after(self, position: Position, limit: int | None = None) -> list[tuple[Position, T]]:
+        """Return what has come after ``position``, at most ``limit`` events, oldest first. Raises ``Gap``."""
         top, base = self.top, self.base
         if top is None or base is None or position.epoch != top.epoch or position.offset > top.offset:
             raise Gap(EPOCH)
@@ -159,16 +166,19 @@ class Log(Generic[T]):
             raise Gap(EXPIRED)
         if position.check != self.check_at(position.offset):
             raise Gap(EPOCH)
-        missed = islice(self._entries, position.offset - base.offset, None)
+        begin = self._first + position.offset - base.offset
+        missed = self._entries[begin : None if limit is None else begin + limit]
         return [(at, item) for at, item, _ in missed]
 
     def _forget(self, count: int) -> None:
-        for _ in range(count):
-            self._drop_oldest()
-
-    def _drop_oldest(self) -> None:
-        self.base, _, size = self._entries.popleft()
-        self.bytes -= size
+        for index in range(self._first, self._first + count):
+            self.base, _, size = self._entries[index]
+            self.bytes -= size
+            self._entries[index] = _FORGOTTEN
+        self._first += count
+        if 2 * self._first > len(self._entries):
+            del self._entries[: self._first]
+            self._first = 0
 
 
 def reset_event(channels: Sequence[str], reason: str, id: str | None = None) -> Event:

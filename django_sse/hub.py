@@ -90,7 +90,7 @@ class Hub:
             return []
         del audience.subscriptions[subscription]
         for track in audience.tracks:
-            track.starved.pop(subscription, None)
+            track.forget(subscription)
         idle = []
         if not audience.subscriptions:
             del self._audiences[audience.channels, audience.max_events, audience.max_bytes]
@@ -118,6 +118,7 @@ class Hub:
         track = self._tracks.get(channel)
         if track is None or position is None:
             # Whoever publishes without history on a channel that has it is heard, but his events cannot be had again.
+            outcome.is_unkept = track is not None
             self._put(channel, event, frame, outcome)
         else:
             self._carry_out(track, track.came(position, event, frame, now), outcome)
@@ -158,32 +159,38 @@ class Hub:
         return self._cursors.encode(positions)
 
     def place(
-        self, subscription: Subscription, positions: Mapping[str, Position] | None, now: float, *, decided: bool
+        self,
+        subscription: Subscription,
+        positions: Mapping[str, Position] | None,
+        now: float,
+        asked: dict[Track, int],
     ) -> Placement | None:
         """Let ``subscription`` begin behind ``positions``: of a client that has none (``None``), at the end.
 
-        Returns ``None`` where something has to be fetched first (``needs``). ``decided``: that has been done, and what
-        is not there now is gone. To be called once the channels are being received.
+        Returns ``None`` where something has to be fetched first (``needs``), and notes it in ``asked``: to be handed in
+        again when that is done. To be called once the channels are being received.
         """
         audience = subscription.audience
-        tops = audience.positions()
-        if len(tops) < len(audience.tracks):
-            for track in audience.tracks:
-                if track.top is None:
-                    track.need(TOP if positions is None else 0)
+        for track in audience.tracks:
+            track.expire(now)
+        resets: Mapping[str, Sequence[Track]] = {}
+        needed = {track: TOP for track in audience.tracks if track.top is None}
+        if positions is not None:
+            try:
+                _, resets = audience.missed(positions, asked, 0)
+            except NotFetched as more:
+                needed.update(more.needed)
+        if needed:
+            for track, lowest in needed.items():
+                track.need(lowest)
+            asked.update(needed)
             return None
+        tops = audience.positions()
         if positions is None:
             audience.place_at_end(subscription)
             return Placement(is_first=True, cursor=self.id_of(tops), resets={})
-        for track in audience.tracks:
-            track.expire(now)
-        start: dict[str, Position | None] = {channel: positions.get(channel) for channel in tops}
-        try:
-            _, resets = audience.missed(start, decided=decided)
-        except NotFetched:
-            return None
         # What is gone is for the view to tell.
-        begin = {channel: position for channel, position in start.items() if position is not None}
+        begin = {channel: positions[channel] for channel in tops if channel in positions}
         begin.update((track.channel, tops[track.channel]) for tracks in resets.values() for track in tracks)
         audience.place_behind(subscription, begin)
         return Placement(
@@ -200,39 +207,38 @@ class Hub:
 
     def begin_fetch(self) -> list[Want]:
         """Return what is to be fetched now. ``apply()`` and ``go_on()``, or ``give_back()``, follow for each."""
-        wants = [self._tracks[channel].want(lowest) for channel, lowest in self.needs.items()]
+        needs = dict(self.needs)
         self.needs.clear()
-        return wants
+        return [self._tracks[channel].want(lowest) for channel, lowest in needs.items() if channel in self._tracks]
 
     def give_back(self, wants: Iterable[Want]) -> None:
         """Have ``wants`` fetched another time."""
         for want in wants:
-            track = self._tracks.get(want.channel)
-            if track is not None:
-                track.need(want.lowest)
+            if self._is_followed(want.track):
+                want.track.give_back(want)
 
     def apply(self, want: Want, past: Past, now: float) -> Outcome:
         """Take over what was fetched: its events are ``(position, (event, frame) or None)``."""
         outcome = Outcome()
-        track = self._tracks.get(want.channel)
-        if track is not None:  # else nobody listens any more
-            self._carry_out(track, track.fetched(want, past, now), outcome)
+        if self._is_followed(want.track):
+            self._carry_out(want.track, want.track.fetched(want, past, now), outcome)
         return outcome
 
-    def go_on(self, channel: str, now: float) -> tuple[Outcome, bool]:
-        """Deliver some of what was fetched of ``channel``; return what follows, and whether there is more."""
+    def go_on(self, want: Want, now: float) -> tuple[Outcome, bool]:
+        """Deliver some of what was fetched; return what follows, and whether there is more."""
         outcome = Outcome()
-        track = self._tracks.get(channel)
-        if track is None:
+        track = want.track
+        if not self._is_followed(track):
             return outcome, False
         self._carry_out(track, track.go_on(now), outcome)
         if track.is_behind:
             return outcome, True
-        for subscription in list(track.starved):
-            subscription.feed()
-            if subscription.wake is not None:
-                outcome.wake.append(subscription.wake)
+        outcome.wake += [fed.wake for fed in track.feed() if fed.wake is not None]
         return outcome, False
+
+    def _is_followed(self, track: Track) -> bool:
+        """Whether anybody listens still; somebody who has come after all had left begins anew."""
+        return self._tracks.get(track.channel) is track
 
     def _carry_out(self, track: Track, steps: Iterable[Step], outcome: Outcome) -> None:
         for step in steps:

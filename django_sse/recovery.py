@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from .exceptions import BrokerUnavailable
 
@@ -22,9 +22,13 @@ BACKOFF = (0.05, 2.0)
 
 
 class Recovery:
-    """Calls ``fetch``, which fetches all that is needed just then: in the caller's thread, or in one of its own."""
+    """Calls ``fetch``: in the caller's thread, or in one of its own.
 
-    def __init__(self, fetch: Callable[[], None]) -> None:
+    It fetches all that is needed just then, and returns, by channel, what was in the way of it for some; what was in
+    the way for all, it raises.
+    """
+
+    def __init__(self, fetch: Callable[[], Mapping[str, Exception]]) -> None:
         self._fetch = fetch
         #: Held by whoever fetches.
         self._turn = threading.Lock()
@@ -35,10 +39,10 @@ class Recovery:
         self._rung = False
         self._closed = threading.Event()
 
-    def wait(self) -> None:
-        """Return when all that is needed now has been fetched. Raises what ``fetch`` raises."""
+    def wait(self) -> Mapping[str, Exception]:
+        """Return when all that is needed now has been fetched, and what was in the way, as ``fetch`` does."""
         with self._turn:
-            self._fetch()
+            return self._fetch()
 
     def ring(self) -> None:
         """Have it fetched soon, by a thread that tries for as long as it takes. From any thread."""
@@ -62,18 +66,21 @@ class Recovery:
                     return
                 self._rung = False
             try:
-                with self._turn:
-                    self._fetch()
-                failures = 0
+                in_the_way = bool(self.wait())
             except Exception as error:  # noqa: BLE001  # whatever it is, open streams wait for the next attempt
-                self._complain(error, failures)
+                in_the_way = True
+                if failures == 0:
+                    self._complain(error)
+            if in_the_way:
                 first, last = BACKOFF
                 self._closed.wait(min(last, first * 2 ** min(failures, 16)) * random.uniform(0.5, 1.0))
                 failures += 1
+            else:
+                failures = 0
 
     @staticmethod
-    def _complain(error: Exception, failures: int) -> None:
+    def _complain(error: Exception) -> None:
         if not isinstance(error, BrokerUnavailable):
-            log.exception("What this process has missed could not be fetched; trying again", exc_info=error)
-        elif failures == 0:
+            log.error("What this process has missed could not be fetched; trying again", exc_info=error)
+        else:
             log.warning("What this process has missed cannot be fetched now (%s); trying again.", error)

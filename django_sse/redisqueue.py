@@ -215,7 +215,12 @@ def cursor(channels: str | Iterable[str] | None = None) -> str:
                 f'Channel {name!r} has no history, so it has no cursor; set DJANGO_SSE["HISTORY"] for it.'
             )
     pasts = _runtime().broker.fetch([(channel, history, _TOP) for channel, history in histories.items()])
-    return _cursors().encode({channel: past.top for channel, past in zip(histories, pasts, strict=True)})
+    tops = {}
+    for channel, past in zip(histories, pasts, strict=True):
+        if isinstance(past, BrokerUnavailable):
+            raise past
+        tops[channel] = past.top
+    return _cursors().encode(tops)
 
 
 async def acursor(channels: str | Iterable[str] | None = None) -> str:

@@ -24,9 +24,11 @@ from .audience import Audience, Outcome, Subscription
 from .brokers.base import Broker, Payload
 from .cursor import Cursors
 from .event import Event, decode_message, decode_payload
+from .exceptions import BrokerUnavailable
 from .history import History, Past, Position
 from .hub import Hub, Placement
 from .recovery import Recovery
+from .track import Track
 from .wire import encode
 
 __all__ = ["Listener", "Runtime", "get", "reset"]
@@ -55,7 +57,11 @@ class Runtime:
         self._calm = threading.Condition(self._lock)
         self._hub = Hub(cursors)
         self._recovery = Recovery(self._fetch)
+        # What was in the way of the last fetch: said once.
+        self._in_the_way: dict[str, Exception] = {}
         self._crowded: set[Subscription] = set()
+        # Channels for which it was said that some of their events are not kept.
+        self._unkept: set[str] = set()
         # What was dropped without being closed, and by whatever thread the collector ran in.
         self._abandoned: deque[Subscription] = deque()
 
@@ -99,46 +105,62 @@ class Runtime:
             raise
         return listener
 
-    def _place(self, subscription: Subscription, last_id: str | None) -> Placement:
+    def _place(self, subscription: Subscription, last_id: str | None) -> Placement | None:
         positions = None
         if last_id is not None:
             assert self.cursors is not None, "channels with history need cursors"
             positions = self.cursors.decode(last_id, subscription.channels)
-        decided = False
+        asked: dict[Track, int] = {}
         while True:
             with self._lock:
-                placement = self._hub.place(subscription, positions, time.monotonic(), decided=decided)
+                if subscription.ended is not None:  # this process stops, for instance
+                    return None
+                placement = self._hub.place(subscription, positions, time.monotonic(), asked)
             if placement is not None:
                 return placement
-            decided = True
-            self._recovery.wait()
+            in_the_way = self._recovery.wait()
+            for channel in subscription.channels:
+                if channel in in_the_way:
+                    raise in_the_way[channel]
 
-    def _fetch(self) -> None:
-        """Fetch what the hub needs."""
+    def _fetch(self) -> dict[str, Exception]:
+        """Fetch what the hub needs; return what was in the way, by channel."""
+        in_the_way: dict[str, Exception] = {}
         with self._lock:
             wants = self._hub.begin_fetch()
         if not wants:
-            return
+            return in_the_way
         try:
-            pasts = self.broker.fetch([(want.channel, want.history, want.lowest) for want in wants])
+            pasts = self.broker.fetch([(want.track.channel, want.track.history, want.lowest) for want in wants])
         except BaseException:
             with self._lock:
                 self._hub.give_back(wants)
             raise
         for want, past in zip(wants, pasts, strict=True):
-            read = Past(past.top, [(at, _read(want.channel, payload)) for at, payload in past.events], past.complete)
+            channel = want.track.channel
+            if isinstance(past, BrokerUnavailable):
+                in_the_way[channel] = past
+                with self._lock:
+                    self._hub.give_back([want])
+                if channel not in self._in_the_way:
+                    log.error("%s", past)
+                continue
+            read = Past(past.top, [(at, _read(channel, payload)) for at, payload in past.events], past.complete)
             with self._lock:
                 outcome = self._hub.apply(want, read, time.monotonic())
                 self._after(outcome)
             more = True
             while more:
-                _ring(self._tell(want.channel, outcome))
+                _ring(self._tell(channel, outcome))
                 if self._crowded:
                     self._give_time()
                 with self._lock:
-                    outcome, more = self._hub.go_on(want.channel, time.monotonic())
+                    outcome, more = self._hub.go_on(want, time.monotonic())
                     self._after(outcome)
-            _ring(self._tell(want.channel, outcome))
+            _ring(self._tell(channel, outcome))
+        self._in_the_way = in_the_way
+        self._look_for_needs()  # a new epoch, for instance, is to be fetched from its beginning
+        return in_the_way
 
     def _refresh(self, channel: str) -> None:
         """Have fetched what may have been missed of ``channel``."""
@@ -183,6 +205,13 @@ class Runtime:
 
     def _tell(self, channel: str, outcome: Outcome) -> list[Callable[[], None]]:
         """Return what is to be called; say what has happened to those who did not take their events."""
+        if outcome.is_unkept and channel not in self._unkept:
+            self._unkept.add(channel)
+            log.warning(
+                "An event without a position came on channel %r, which has a HISTORY here: whoever publishes there "
+                "does not have that setting. Clients that lose their connection miss such events.",
+                channel,
+            )
         if outcome.behind:
             log.info("%d stream(s) on channel %r are behind; they are refilled.", len(outcome.behind), channel)
         if not outcome.ended:
@@ -360,6 +389,11 @@ class Listener:
         return self.subscription.drained
 
     @property
+    def is_behind(self) -> bool:
+        """Whether it is still to get more than waits for it now. Asked without the lock."""
+        return self.subscription.is_behind
+
+    @property
     def bytes_alike(self) -> int:
         """How many bytes were taken together with others."""
         return self.subscription.bytes_alike
@@ -408,6 +442,8 @@ class Listener:
 
 def _read(channel: str, payload: Payload) -> tuple[Event, bytes] | None:
     """Return the event of a payload that was kept, and its frame; ``None`` where it is none."""
+    if not payload:  # in the place of an event that is not kept any more
+        return None
     try:
         event = decode_payload(payload)
     except ValueError as error:

@@ -8,7 +8,7 @@ the recent events, or has to have something fetched first.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 from .event import Event
@@ -31,11 +31,12 @@ Frame = tuple[Event, bytes]
 class Want(NamedTuple):
     """What is to be fetched of a channel: its top, and its events from the offset ``lowest`` on."""
 
-    channel: str
-    history: History
+    track: Track
     lowest: int
     #: Where the channel was, as far as this process knew then.
     known: Position | None
+    #: How often its top had been doubted.
+    doubts: int
 
 
 class Step(NamedTuple):
@@ -49,7 +50,11 @@ class Step(NamedTuple):
 
 
 class NotFetched(Exception):
-    """It has to be fetched first."""
+    """Something has to be fetched first: of some tracks, from an offset on each."""
+
+    def __init__(self, needed: Mapping[Track, int]) -> None:
+        super().__init__(", ".join(track.channel for track in needed))
+        self.needed = needed
 
 
 class Track:
@@ -68,8 +73,8 @@ class Track:
     ) -> None:
         self.channel = channel
         self.history = history
-        #: Those who wait for a fetch.
-        self.starved: dict[Any, None] = {}
+        # Those who wait for a fetch, and whether it has begun.
+        self._starved: dict[Any, bool] = {}
         self._needs = needs
         self._make_id = make_id
         # The recent events, with their ids. None is in the place of one that could not be read.
@@ -81,6 +86,9 @@ class Track:
         # Events that have come without the one before them, and how many of them had when the last fetch began.
         self._pending: list[tuple[Position, Frame]] = []
         self._pending_before = 0
+        # How often something may have been missed, and what of that has been looked into.
+        self._doubts = 0
+        self._settled_doubts = 0
 
     @property
     def top(self) -> Position | None:
@@ -102,42 +110,54 @@ class Track:
 
     # -- what is missed ---------------------------------------------------------------------------------------------
 
-    def after(self, position: Position | None, *, decided: bool) -> Sequence[tuple[Position, Frame | None]]:
-        """Return what has come after ``position``, oldest first.
+    def after(
+        self, position: Position | None, asked: int | None, limit: int
+    ) -> Sequence[tuple[Position, Frame | None]]:
+        """Return what has come after ``position``, at most ``limit`` events, oldest first.
 
-        Raises ``Gap`` where that is gone, and ``NotFetched`` where that is not known before something has been fetched,
-        which is needed from then on. ``decided``: it has been fetched.
+        ``asked``: from what offset on all was fetched for who asks; ``None``: nothing was. Raises ``Gap`` where what
+        has come is gone, and ``NotFetched`` where more has to be fetched first, which is needed from then on.
         """
         if position is None:
             raise Gap(UNKNOWN)
+        if self.top is None:
+            raise self._not_fetched(0)
         try:
-            return self._log.after(position)
+            return self._log.after(position, limit)
         except Gap as gap:
-            if decided or position.epoch in self._dead or (gap.reason == EXPIRED and self._log.complete):
-                if gap.reason == EPOCH:
-                    self._bury(position.epoch)
-                raise
-            # This process may be the one that does not know the latest.
-            self.need(0 if gap.reason == EXPIRED else _offset(self.top))
-            raise NotFetched from None
+            if gap.reason == EXPIRED:
+                if self._log.complete or (asked is not None and asked <= position.offset):
+                    raise
+                raise self._not_fetched(0) from None
+            if asked is None and position.epoch not in self._dead:
+                # This process may be the one that does not know the latest.
+                raise self._not_fetched(self.top.offset) from None
+            self._bury(position.epoch)
+            raise
+
+    def _not_fetched(self, lowest: int) -> NotFetched:
+        self.need(lowest)
+        return NotFetched({self: lowest})
 
     def need(self, lowest: int) -> None:
         """Want the events from the offset ``lowest`` on."""
         self._needs[self.channel] = min(lowest, self._needs.get(self.channel, TOP))
 
     def refresh(self) -> None:
-        """Want what has come since the last event: it may not have been delivered."""
-        if self.top is not None:
-            self.need(self.top.offset)
+        """Want what has come since the last event: it may not have been delivered, or the broker may not be the same.
+
+        What comes live has to wait until that is known: it might seem to follow what it does not.
+        """
+        self._doubts += 1
+        self.need(TOP)
 
     # -- what comes -------------------------------------------------------------------------------------------------
 
     def came(self, position: Position, event: Event, frame: bytes, now: float) -> Iterator[Step]:
         """Take what was delivered live; yield what comes out. ``now``: seconds of a clock that does not go back."""
         top = self.top
-        if top is None:
-            # Nobody has been placed yet, so nobody is owed it; but what is fetched may end before it.
-            self._log.start(position)
+        if top is None or self._doubts != self._settled_doubts:
+            self._postpone(position, (event, frame))
         elif _follows(position, top):
             yield from self._come_out(position, (event, frame), now)
         elif (
@@ -149,20 +169,48 @@ class Track:
         # Else it was fetched before it came.
 
     def want(self, lowest: int) -> Want:
-        """Begin to fetch. ``fetched()`` and ``go_on()`` follow, or ``need()`` where that fails."""
+        """Begin to fetch. ``fetched()`` and ``go_on()`` follow, or ``give_back()`` where that fails."""
         self._pending_before = len(self._pending)
-        return Want(self.channel, self.history, lowest, self.top)
+        self._starved = dict.fromkeys(self._starved, True)
+        # At least what links up with what there is.
+        lowest = lowest if self.top is None else min(lowest, self.top.offset)
+        return Want(self, lowest, self.top, self._doubts)
+
+    def give_back(self, want: Want) -> None:
+        """Hear that what was wanted could not be fetched."""
+        self._starved = dict.fromkeys(self._starved, False)
+        self.need(want.lowest)
+
+    def starve(self, who: Any) -> None:
+        """Let ``who`` wait until what is needed now has been fetched."""
+        self._starved[who] = False
+
+    def forget(self, who: Any) -> None:
+        """Let ``who`` wait no longer."""
+        self._starved.pop(who, None)
+
+    def starves(self, who: Any) -> bool:
+        """Whether ``who`` waits."""
+        return who in self._starved
+
+    def feed(self) -> list[Any]:
+        """Return those who have waited for the fetch that is over."""
+        fed = [who for who, began in self._starved.items() if began]
+        for who in fed:
+            del self._starved[who]
+        return fed
 
     def fetched(self, want: Want, past: Past, now: float) -> Iterator[Step]:
         """Take what was fetched, ``(position, (event, frame) or None)`` each; yield what comes out at once."""
         self._log.expire(now)
+        self._settled_doubts = want.doubts
         top = self.top
         if top is None:
             self._load(past, now)
-        elif (reason := self._broken(top, past, want.known)) is not None:
+        elif (reason := self._broken(top, past, want)) is not None:
             yield from self._begin_anew(top, reason, past, now)
         else:
-            self._extend(top, past)
+            self._extend(top, past, now)
 
     def go_on(self, now: float) -> Iterator[Step]:
         """Yield some of what was fetched, until nothing is left of it (``is_behind``)."""
@@ -198,49 +246,52 @@ class Track:
         if len(self._pending) > PENDING:
             del self._pending[0]
             self._pending_before = max(0, self._pending_before - 1)
-        if not self._backlog:
-            self.refresh()
+        if not self._backlog and self._doubts == self._settled_doubts:
+            self.need(TOP)
 
-    def _broken(self, top: Position, past: Past, known: Position | None) -> str | None:
+    def _broken(self, top: Position, past: Past, want: Want) -> str | None:
         """Return why ``past`` does not continue the log, which ends at ``top``; ``None`` if it does."""
         if past.top.epoch != top.epoch:
             return EPOCH
-        # What was fetched is no older than what was known before: the broker has gone back in time.
-        if known is not None and known.epoch == top.epoch and past.top.offset < known.offset:
+        # What is fetched is no older than what was known before, or the broker has gone back in time.
+        if want.known is not None and want.known.epoch == top.epoch and past.top.offset < want.known.offset:
             return EPOCH
         for position in (*(position for position, _ in past.events), past.top):
             if position.offset <= top.offset and self._log.check_at(position.offset) not in (None, position.check):
                 return EPOCH
+        # Only what begins with the last event that is known does certainly follow it.
         lowest = past.events[0][0].offset if past.events else past.top.offset + 1
-        return EXPIRED if past.top.offset > top.offset and lowest > top.offset + 1 else None
+        return EXPIRED if past.top.offset > top.offset and lowest > max(top.offset, 1) else None
 
     def _load(self, past: Past, now: float) -> None:
         """Let the log be what was fetched."""
         base, events, complete = _anchored(past)
-        self._log.start(base, complete=complete)
+        self._log.start(base, now, complete=complete)
         for position, frame, size in self._with_ids(events):
             self._log.add(position, frame, now, size)
 
-    def _extend(self, top: Position, past: Past) -> None:
+    def _extend(self, top: Position, past: Past, now: float) -> None:
         """Add what was fetched before the log's beginning; what comes after its end is to come out."""
         log = self._log
         base, events, complete = _anchored(past)
         assert log.base is not None, "it has a top"
         if base.offset < log.base.offset <= past.top.offset:
             older = [(position, frame) for position, frame in events if position.offset <= log.base.offset]
-            log.prepend(self._with_ids(older), base, complete=complete)
+            log.prepend(self._with_ids(older), base, now, complete=complete)
         elif complete and base.offset >= log.base.offset:
             log.complete = True
         self._backlog.extend((position, frame) for position, frame in past.events if position.offset > top.offset)
 
     def _begin_anew(self, top: Position, reason: str, past: Past, now: float) -> Iterator[Step]:
-        first = past.events[0][0].offset if past.events else 0
-        if past.top.epoch == top.epoch or first > 1:
+        if past.top.epoch == top.epoch:
             self._load(past, now)
         else:
-            # All of a new epoch: nobody has had any of it.
-            self._log.start(Position(past.top.epoch, 0, 0), complete=True)
-            self._backlog.extend(past.events)
+            # Nobody has had anything of a new epoch. What was fetched may begin too late.
+            self._log.start(Position(past.top.epoch, 0, 0), now)
+            if past.events and past.events[0][0].offset == 1:
+                self._backlog.extend(past.events)
+            elif past.top.offset > 0:
+                self.need(0)
         self._dead.pop(past.top.epoch, None)
         self._bury(top.epoch)
         yield Step(top, reset=reason)
@@ -269,10 +320,6 @@ def with_id(event: Event, frame: bytes, id: str | None) -> Frame:
     if id is not None:
         frame = b"id: %s\n%s" % (id.encode(), frame)
     return Event(event.name, event.data, id), frame
-
-
-def _offset(position: Position | None) -> int:
-    return 0 if position is None else position.offset
 
 
 def _follows(position: Position, top: Position | None) -> bool:

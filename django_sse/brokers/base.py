@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from django_sse.exceptions import BrokerUnavailable
 from django_sse.history import History, Past, Position
 
 __all__ = ["FETCH_BYTES", "META_TTL", "Broker", "Deliver", "Payload", "Publication"]
@@ -61,10 +62,12 @@ class Broker(ABC):
         """Do what ``publish()`` does for several, in their order."""
 
     @abstractmethod
-    def fetch(self, channels: Sequence[tuple[str, History, int]]) -> list[Past]:
-        """Return of each channel its top, and its events from an offset on, latest first if there is not room for all.
+    def fetch(self, channels: Sequence[tuple[str, History, int]]) -> list[Past | BrokerUnavailable]:
+        """Return of each channel its top, and its events from an offset on: the latest if there is not room for all.
 
-        The payloads are as they were published. Raises ``BrokerUnavailable``.
+        The payloads are as they were published. The first one may be empty, for the event before those that are kept:
+        who has seen just that has missed nothing else. What concerns one channel alone is returned in its place; raises
+        ``BrokerUnavailable`` for what concerns all of them.
         """
 
     @abstractmethod

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+from django_sse.exceptions import BrokerUnavailable
 from django_sse.history import History, Log, Past, Position
 
 from .base import FETCH_BYTES, META_TTL, Broker, Publication
@@ -62,7 +63,7 @@ class MemoryBroker(Broker):
                 self.deliver([(channel, payload)])
             return position
 
-    def fetch(self, channels: Sequence[tuple[str, History, int]]) -> list[Past]:
+    def fetch(self, channels: Sequence[tuple[str, History, int]]) -> list[Past | BrokerUnavailable]:
         with self._order:
             return [self._kept_of(channel, history).past(lowest) for channel, history, lowest in channels]
 
@@ -71,7 +72,7 @@ class MemoryBroker(Broker):
         kept = self._kept.get(channel)
         if kept is None or now - kept.used >= META_TTL:
             self._sweep(now)
-            kept = self._kept[channel] = _Kept(history)
+            kept = self._kept[channel] = _Kept(history, now)
         kept.used = now
         kept.expire(now)
         return kept
@@ -104,18 +105,17 @@ class MemoryBroker(Broker):
 class _Kept:
     """The history of one channel."""
 
-    def __init__(self, history: History) -> None:
-        self.used = 0.0
+    def __init__(self, history: History, now: float) -> None:
+        self.used = now
         #: Those that events were published with which are still there.
         self.keys: dict[str, Position] = {}
-        # One more than can be missed, as in Redis: it tells whether who was there is still in the same history.
-        self._log: Log[tuple[str, str | None]] = Log(history.size + 1, history.ttl)
-        self._log.start(Position(random.getrandbits(32), 0, 0), complete=True)
+        self._log: Log[str] = Log(history.size, history.ttl)
+        self._log.start(Position(random.getrandbits(32), 0, 0), now, complete=True)
 
     def add(self, payload: str, key: str | None, now: float) -> Position:
         assert self._log.top is not None
         position = Position(self._log.top.epoch, self._log.top.offset + 1, random.getrandbits(24))
-        self._log.add(position, (payload, key), now)
+        self._log.add(position, payload, now)
         if key is not None:
             self.keys[key] = position
         self._forget_keys()
@@ -127,23 +127,27 @@ class _Kept:
 
     def _forget_keys(self) -> None:
         assert self._log.top is not None
+        assert self._log.base is not None
         # In the order of their events.
-        oldest = self._log.top.offset - min(len(self._log), self._log.size - 1)
-        while self.keys and (first := next(iter(self.keys.items())))[1].offset <= oldest:
+        while self.keys and (first := next(iter(self.keys.items())))[1].offset <= self._log.base.offset:
             del self.keys[first[0]]
 
     def past(self, lowest: int) -> Past:
         assert self._log.base is not None
         assert self._log.top is not None
+        base = self._log.base
+        kept = self._log.after(base)
+        if base.offset > 0:
+            kept.insert(0, (base, ""))
         events: list[tuple[Position, str]] = []
         room = FETCH_BYTES
-        for position, (payload, _) in reversed(self._log.after(self._log.base)):
+        for position, payload in reversed(kept):
             if position.offset < lowest or room <= 0:
                 break
             events.append((position, payload))
             room -= len(payload)
         events.reverse()
-        return Past(self._log.top, events, complete=len(events) == len(self._log))
+        return Past(self._log.top, events, complete=len(events) == len(kept))
 
 
 def _with_position(payload: str, position: Position) -> str:

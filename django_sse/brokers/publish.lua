@@ -13,7 +13,7 @@ if string.sub(payload, 1, 1) ~= '[' or string.sub(payload, -1) ~= ']' then
 end
 local now = redis.call('TIME')
 local microseconds = now[1] * 1000000 + now[2]
-local known = redis.call('HMGET', meta, 'epoch', 'offset')
+local known = redis.call('HMGET', meta, 'epoch', 'offset', 'check')
 local epoch, offset = tonumber(known[1]), tonumber(known[2])
 if not epoch then
   epoch, offset = microseconds % 4294967296, 0
@@ -24,6 +24,10 @@ if key then
   if tonumber(before[1]) == epoch and tonumber(before[2]) > offset - size and tonumber(before[2]) <= offset then
     return {epoch, tonumber(before[2]), tonumber(before[3])}
   end
+end
+if offset > 0 and redis.call('EXISTS', log) == 0 then
+  -- Those before have expired. Who had seen the last of them has missed nothing but this event.
+  redis.call('XADD', log, string.format('%.0f', offset) .. '-' .. known[3], 'payload', '')
 end
 offset = offset + 1
 local check = microseconds % 16777216

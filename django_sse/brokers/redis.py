@@ -75,7 +75,7 @@ _read = _Script("read.lua")
 
 def _keys(channel: str) -> list[str]:
     # Braces, so that both are in one slot of a cluster.
-    return [f"django-sse:{{{channel}}}:meta", f"django-sse:{{{channel}}}:log"]
+    return [f"django-sse:meta:{{{channel}}}", f"django-sse:log:{{{channel}}}"]
 
 
 class RedisUnavailable(BrokerUnavailable, redis.exceptions.ConnectionError):
@@ -124,7 +124,7 @@ class RedisBroker(Broker):
             ) from error
         return done
 
-    def fetch(self, channels: Sequence[tuple[str, History, int]]) -> list[Past]:
+    def fetch(self, channels: Sequence[tuple[str, History, int]]) -> list[Past | BrokerUnavailable]:
         client, self._fetcher = self._fetcher, None
         try:
             if client is None:
@@ -506,7 +506,7 @@ def _publish_group(client: redis.Redis, group: Sequence[Publication]) -> list[Po
 def _script_arguments(publication: Publication, history: History) -> tuple[list[str], list[Any]]:
     keys = _keys(publication.channel)
     if publication.key is not None:
-        keys.append(f"django-sse:{{{publication.channel}}}:id:{publication.key}")
+        keys.append(f"django-sse:id:{{{publication.channel}}}:{publication.key}")
     return keys, [publication.channel, publication.payload, history.size, history.ttl]
 
 
@@ -520,17 +520,28 @@ def _names(publications: Sequence[Publication]) -> str:
     return "channel " + ", ".join(map(repr, channels))
 
 
-def _fetch(client: redis.Redis, channels: Sequence[tuple[str, History, int]]) -> list[Past]:
+def _fetch(client: redis.Redis, channels: Sequence[tuple[str, History, int]]) -> list[Past | BrokerUnavailable]:
+    answers = _first_pages(client, channels)
+    if any(isinstance(answer, redis.exceptions.NoScriptError) for answer in answers):
+        client.script_load(_read.text)
+        answers = _first_pages(client, channels)
+    pasts: list[Past | BrokerUnavailable] = []
+    for (channel, history, lowest), answer in zip(channels, answers, strict=True):
+        try:
+            if isinstance(answer, Exception):
+                raise answer
+            pasts.append(_whole(client, channel, history, lowest, answer))
+        except redis.exceptions.ResponseError as error:  # this channel's: refused by an ACL, for instance
+            pasts.append(RedisUnavailable(f"The history of channel {channel!r} cannot be fetched: {error}"))
+    return pasts
+
+
+def _first_pages(client: redis.Redis, channels: Sequence[tuple[str, History, int]]) -> list[Any]:
     with client.pipeline(transaction=False) as pipeline:
-        pipeline.script_load(_read.text)
         for channel, history, lowest in channels:
             keys = _keys(channel)
             pipeline.evalsha(_read.sha, len(keys), *keys, (1 << 53) - 1, lowest, PAGE_BYTES, history.ttl)
-        answers = pipeline.execute()[1:]
-    pasts = []
-    for (channel, history, lowest), answer in zip(channels, answers, strict=True):
-        pasts.append(_whole(client, channel, history, lowest, answer))
-    return pasts
+        return pipeline.execute(raise_on_error=False)
 
 
 def _whole(client: redis.Redis, channel: str, history: History, lowest: int, answer: Any) -> Past:
@@ -552,7 +563,8 @@ def _whole(client: redis.Redis, channel: str, history: History, lowest: int, ans
     # Until the first that is missing: others may have been trimmed between two pages.
     whole = [at for number, at in enumerate(events) if at[0].offset == top.offset - number]
     whole.reverse()
-    complete = room > 0 and len(whole) == len(events) and (not whole or whole[0][0].offset > lowest)
+    # Whether more was wanted than there was.
+    complete = room > 0 and len(whole) == len(events) and lowest < (whole[0][0].offset if whole else top.offset + 1)
     return Past(top, whole, complete)
 
 
