@@ -20,54 +20,68 @@ __all__ = ["MAX_CHANNELS", "Cursors"]
 MAX_CHANNELS = 100
 #: Characters of the longest id that is looked at.
 MAX_LENGTH = 4096
-#: Bytes of the signature, of the hash of a channel's name, and of a position's epoch and check.
-SIGNATURE, TAG, EPOCH, CHECK = 8, 4, 4, 3
+#: Bytes of the signature, and of the hash of a channel's name.
+SIGNATURE, TAG = 8, 4
+#: Bytes of a position before its offset: epoch (4), check (3), how many bytes the offset has (1).
+HEAD = 8
+#: Names whose hashes are kept: they may come from users without end.
+NAMES = 10_000
+
+_URL_SAFE = bytes.maketrans(b"+/", b"-_")
 
 
 class Cursors:
     """Makes ids with the first of ``keys``, and understands those that were made with any of them."""
 
     def __init__(self, keys: Sequence[bytes]) -> None:
-        # As long as a key of BLAKE2 may be.
-        self._keys = [hashlib.blake2b(b"django_sse.cursor" + key, digest_size=32).digest() for key in keys]
-        self._tags: dict[tuple[bytes, str], bytes] = {}
+        self._signers = [_Signer(key) for key in keys]
 
     def encode(self, positions: Mapping[str, Position]) -> str:
         """Return the id of ``positions``, by channel: the same for the same positions."""
-        key = self._keys[0]
-        body = bytearray()
-        for channel, position in positions.items():
-            body += self._tag(key, channel)
-            body += position.epoch.to_bytes(EPOCH, "big") + position.check.to_bytes(CHECK, "big")
-            offset = position.offset
-            while offset > 0x7F:  # LEB128: 7 bits a byte, the lowest first
-                body.append(offset & 0x7F | 0x80)
-                offset >>= 7
-            body.append(offset)
-        return base64.urlsafe_b64encode(_signature(key, body) + body).rstrip(b"=").decode()
+        signer = self._signers[0]
+        body = b""
+        for channel, (epoch, offset, check) in positions.items():
+            length = (offset.bit_length() + 7) // 8
+            number = (epoch << 32 | check << 8 | length) << 8 * length | offset
+            body += signer.tag(channel) + number.to_bytes(HEAD + length, "big")
+        return _text(signer.sign(body) + body)
 
     def decode(self, text: str, channels: Iterable[str]) -> dict[str, Position]:
         """Return the positions that the id ``text`` has of ``channels``: none where it is no id of ours."""
         raw = _bytes(text)
-        for key in self._keys:
-            if raw is not None and hmac.compare_digest(_signature(key, raw[SIGNATURE:]), raw[:SIGNATURE]):
+        for signer in self._signers:
+            if raw is not None and hmac.compare_digest(signer.sign(raw[SIGNATURE:]), raw[:SIGNATURE]):
                 positions = _positions(raw[SIGNATURE:])
-                tags = {channel: self._tag(key, channel) for channel in channels}
+                tags = {channel: signer.tag(channel) for channel in channels}
                 return {channel: positions[tag] for channel, tag in tags.items() if tag in positions}
         return {}
 
-    def _tag(self, key: bytes, channel: str) -> bytes:
-        tag = self._tags.get((key, channel))
+
+class _Signer:
+    """One key."""
+
+    def __init__(self, key: bytes) -> None:
+        # As long as a key of BLAKE2 may be.
+        self._key = hashlib.blake2b(b"django_sse.cursor" + key, digest_size=32).digest()
+        self._begun = hashlib.blake2b(key=self._key, digest_size=SIGNATURE)
+        self._tags: dict[str, bytes] = {}
+
+    def sign(self, body: bytes) -> bytes:
+        signature = self._begun.copy()
+        signature.update(body)
+        return signature.digest()
+
+    def tag(self, channel: str) -> bytes:
+        tag = self._tags.get(channel)
         if tag is None:
-            if len(self._tags) > 10_000:  # names may come from users without end
+            if len(self._tags) >= NAMES:
                 self._tags.clear()
-            tag = hashlib.blake2b(channel.encode(), key=key, digest_size=TAG).digest()
-            self._tags[key, channel] = tag
+            tag = self._tags[channel] = hashlib.blake2b(channel.encode(), key=self._key, digest_size=TAG).digest()
         return tag
 
 
-def _signature(key: bytes, body: bytes | bytearray) -> bytes:
-    return hashlib.blake2b(body, key=key, digest_size=SIGNATURE).digest()
+def _text(raw: bytes) -> str:
+    return binascii.b2a_base64(raw, newline=False).translate(_URL_SAFE).rstrip(b"=").decode()
 
 
 def _bytes(text: str) -> bytes | None:
@@ -78,7 +92,7 @@ def _bytes(text: str) -> bytes | None:
     except binascii.Error:
         return None
     # One id has one form: the bits that base64 leaves over at its end are 0.
-    return raw if base64.urlsafe_b64encode(raw).rstrip(b"=").decode() == text else None
+    return raw if _text(raw) == text else None
 
 
 def _positions(body: bytes) -> dict[bytes, Position]:
@@ -86,18 +100,8 @@ def _positions(body: bytes) -> dict[bytes, Position]:
     positions = {}
     at = 0
     while at < len(body):
-        tag = body[at : at + TAG]
-        at += TAG
-        epoch = int.from_bytes(body[at : at + EPOCH], "big")
-        at += EPOCH
-        check = int.from_bytes(body[at : at + CHECK], "big")
-        at += CHECK
-        offset = shift = 0
-        while body[at] & 0x80:
-            offset |= (body[at] & 0x7F) << shift
-            shift += 7
-            at += 1
-        offset |= body[at] << shift
-        at += 1
-        positions[tag] = Position(epoch, offset, check)
+        tag, at = body[at : at + TAG], at + TAG
+        number, at = int.from_bytes(body[at : at + HEAD], "big"), at + HEAD
+        offset, at = body[at : at + (number & 0xFF)], at + (number & 0xFF)
+        positions[tag] = Position(number >> 32, int.from_bytes(offset, "big"), number >> 8 & 0xFFFFFF)
     return positions

@@ -97,6 +97,8 @@ class RedisBroker(Broker):
         # What the present connection delivers. A channel that is given up stays here until the reader has seen it: if
         # it is taken again before that, it is still subscribed.
         self._confirmed: set[str] = set()
+        # What an earlier connection delivered, and this one does not yet.
+        self._lost: set[str] = set()
         #: What Redis refused, and why: until the channel is given up, so that who comes next asks again.
         self._refused: dict[str, Exception] = {}
         self._ask_again: set[str] = set()
@@ -150,6 +152,7 @@ class RedisBroker(Broker):
     def unsubscribe(self, channel: str) -> None:
         with self._state:
             self._wanted.discard(channel)
+            self._lost.discard(channel)
             self._touched.add(channel)
             if self._refused.pop(channel, None) is not None:
                 self._ask_again.add(channel)
@@ -179,6 +182,7 @@ class RedisBroker(Broker):
             self._wanted.clear()
             self._touched.clear()
             self._confirmed.clear()
+            self._lost.clear()
             self._refused.clear()
             self._ask_again.clear()
             self._down = None
@@ -217,10 +221,14 @@ class RedisBroker(Broker):
             if self._outage:
                 self._outage = False
                 log.warning("The Redis subscription of this process is back.")
+            # Also where redis-py has reconnected on its own account, and told nobody.
+            again = channel in self._lost or channel in self._confirmed
             if channel in self._wanted:
+                self._lost.discard(channel)
                 self._confirmed.add(channel)
                 self._state.notify_all()
-        self.resubscribed(channel)
+        if again:
+            self.resubscribed(channel)
 
     def refuse(self, reader: _Reader, channel: str, error: Exception) -> None:
         """Redis will not deliver ``channel``, whatever happens to the others."""
@@ -243,6 +251,7 @@ class RedisBroker(Broker):
                     error,
                 )
             self._down = error
+            self._lost |= self._confirmed
             self._confirmed.clear()
             self._refused.clear()
             self._state.notify_all()
