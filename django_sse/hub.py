@@ -10,7 +10,7 @@ subscriptions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -205,11 +205,24 @@ class Hub:
         if track is not None:
             track.refresh()
 
-    def begin_fetch(self) -> list[Want]:
-        """Return what is to be fetched now. ``apply()`` and ``go_on()``, or ``give_back()``, follow for each."""
+    def begin_fetch(self) -> tuple[list[Want], list[Callable[[], None]]]:
+        """Return what is to be fetched now. ``apply()`` and ``go_on()``, or ``give_back()``, follow for each.
+
+        And what is to be called, for those who need nothing any more: it has been fetched for others.
+        """
         needs = dict(self.needs)
         self.needs.clear()
-        return [self._tracks[channel].want(lowest) for channel, lowest in needs.items() if channel in self._tracks]
+        wants = []
+        wake: list[Callable[[], None]] = []
+        for channel, lowest in needs.items():
+            track = self._tracks.get(channel)
+            if track is not None:
+                want = track.want(lowest)
+                if track.answers(want):
+                    wake += [fed.wake for fed in track.feed() if fed.wake is not None]
+                else:
+                    wants.append(want)
+        return wants, wake
 
     def give_back(self, wants: Iterable[Want]) -> None:
         """Have ``wants`` fetched another time."""

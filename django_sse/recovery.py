@@ -32,6 +32,9 @@ class Recovery:
         self._fetch = fetch
         #: Held by whoever fetches.
         self._turn = threading.Lock()
+        # How many have had their turn, and which of them was the last to fail, and why.
+        self._turns = 0
+        self._failed: tuple[int, Exception] | None = None
         #: Guards the thread.
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -39,10 +42,26 @@ class Recovery:
         self._rung = False
         self._closed = threading.Event()
 
-    def wait(self) -> Mapping[str, Exception]:
-        """Return when all that is needed now has been fetched, and what was in the way, as ``fetch`` does."""
-        with self._turn:
-            return self._fetch()
+    def wait(self, timeout: float | None = None) -> Mapping[str, Exception]:
+        """Return when all that is needed now has been fetched, and what was in the way, as ``fetch`` does.
+
+        Raises what ``fetch`` raises, and ``BrokerUnavailable`` when it is not its turn within ``timeout`` seconds.
+        """
+        turns = self._turns
+        if not self._turn.acquire(timeout=-1 if timeout is None else timeout):
+            raise BrokerUnavailable(f"What was missed could not be fetched within {timeout} s")
+        try:
+            # What another one tried meanwhile need not be tried by all who wait, one timeout after the other.
+            if self._failed is not None and self._failed[0] > turns:
+                raise self._failed[1]
+            self._turns += 1
+            try:
+                return self._fetch()
+            except Exception as error:
+                self._failed = self._turns, error
+                raise
+        finally:
+            self._turn.release()
 
     def ring(self) -> None:
         """Have it fetched soon, by a thread that tries for as long as it takes. From any thread."""

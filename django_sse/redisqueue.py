@@ -405,13 +405,15 @@ class _Steps:
         names = [configuration.channel_prefix + channel for channel in self._channels]
         max_events, max_bytes = configuration.mailbox
         self._histories = _histories(self._channels)
+        # An empty one is none (WHATWG HTML, section 9.2.3).
+        last_id = self._view.get_last_id() or None if self._histories else None
         try:
             listener = _runtime().open(
                 names,
                 max_events=max_events,
                 max_bytes=max_bytes,
                 histories=self._histories,
-                last_id=self._view.get_last_id() if self._histories else None,
+                last_id=None if last_id is None else str(last_id),
                 ends_on_reset=getattr(self._view.on_reset, "__func__", None) is not RedisQueueView.on_reset,
             )
             self._view._mailboxes.add(listener)

@@ -99,13 +99,13 @@ class Runtime:
         try:
             self.broker.wait_subscribed(subscription.channels, timeout)
             if subscription.audience.tracks:
-                listener.placement = self._place(subscription, last_id)
+                listener.placement = self._place(subscription, last_id, timeout)
         except BaseException:
             listener.close()
             raise
         return listener
 
-    def _place(self, subscription: Subscription, last_id: str | None) -> Placement | None:
+    def _place(self, subscription: Subscription, last_id: str | None, timeout: float) -> Placement | None:
         positions = None
         if last_id is not None:
             assert self.cursors is not None, "channels with history need cursors"
@@ -118,7 +118,7 @@ class Runtime:
                 placement = self._hub.place(subscription, positions, time.monotonic(), asked)
             if placement is not None:
                 return placement
-            in_the_way = self._recovery.wait()
+            in_the_way = self._recovery.wait(timeout)
             for channel in subscription.channels:
                 if channel in in_the_way:
                     raise in_the_way[channel]
@@ -127,7 +127,8 @@ class Runtime:
         """Fetch what the hub needs; return what was in the way, by channel."""
         in_the_way: dict[str, Exception] = {}
         with self._lock:
-            wants = self._hub.begin_fetch()
+            wants, wake = self._hub.begin_fetch()
+        _ring(wake)
         if not wants:
             return in_the_way
         try:

@@ -22,6 +22,8 @@ TOP = 1 << 53
 PENDING = 1000
 #: Fetched events that come out in one go: others shall have the lock, and slow clients a moment.
 SLICE = 64
+#: Events that are fetched beyond those that somebody has missed, for others who come back.
+FURTHER = 64
 #: Ended epochs that are remembered: whoever comes back from one of them needs no look at the broker.
 DEAD_EPOCHS = 16
 
@@ -37,6 +39,8 @@ class Want(NamedTuple):
     known: Position | None
     #: How often its top had been doubted.
     doubts: int
+    #: Whether what comes after the top is wanted, too, which may not come live.
+    more: bool
 
 
 class Step(NamedTuple):
@@ -89,6 +93,8 @@ class Track:
         # How often something may have been missed, and what of that has been looked into.
         self._doubts = 0
         self._settled_doubts = 0
+        # Whether what comes after the top is needed, too.
+        self._needs_more = False
 
     @property
     def top(self) -> Position | None:
@@ -121,17 +127,19 @@ class Track:
         if position is None:
             raise Gap(UNKNOWN)
         if self.top is None:
-            raise self._not_fetched(0)
+            raise self._not_fetched(max(0, position.offset - FURTHER))
         try:
             return self._log.after(position, limit)
         except Gap as gap:
             if gap.reason == EXPIRED:
                 if self._log.complete or (asked is not None and asked <= position.offset):
                     raise
-                raise self._not_fetched(0) from None
+                # Twice as far back as this one needs: so those who come next from a little before cost few looks.
+                further = max(FURTHER, self.top.offset - position.offset)
+                raise self._not_fetched(max(0, position.offset - further)) from None
             if asked is None and position.epoch not in self._dead:
                 # This process may be the one that does not know the latest.
-                raise self._not_fetched(self.top.offset) from None
+                raise self._not_fetched(TOP) from None
             self._bury(position.epoch)
             raise
 
@@ -140,7 +148,8 @@ class Track:
         return NotFetched({self: lowest})
 
     def need(self, lowest: int) -> None:
-        """Want the events from the offset ``lowest`` on."""
+        """Want the events from the offset ``lowest`` on; ``TOP``: whatever has come after those that are known."""
+        self._needs_more = self._needs_more or lowest == TOP
         self._needs[self.channel] = min(lowest, self._needs.get(self.channel, TOP))
 
     def refresh(self) -> None:
@@ -174,12 +183,19 @@ class Track:
         self._starved = dict.fromkeys(self._starved, True)
         # At least what links up with what there is.
         lowest = lowest if self.top is None else min(lowest, self.top.offset)
-        return Want(self, lowest, self.top, self._doubts)
+        more, self._needs_more = self._needs_more, False
+        return Want(self, lowest, self.top, self._doubts, more)
+
+    def answers(self, want: Want) -> bool:
+        """Whether what is wanted is there already."""
+        base = self._log.base
+        return base is not None and not want.more and (self._log.complete or base.offset <= want.lowest)
 
     def give_back(self, want: Want) -> None:
         """Hear that what was wanted could not be fetched."""
         self._starved = dict.fromkeys(self._starved, False)
         self.need(want.lowest)
+        self._needs_more = self._needs_more or want.more
 
     def starve(self, who: Any) -> None:
         """Let ``who`` wait until what is needed now has been fetched."""
@@ -291,7 +307,7 @@ class Track:
             if past.events and past.events[0][0].offset == 1:
                 self._backlog.extend(past.events)
             elif past.top.offset > 0:
-                self.need(0)
+                self.need(TOP)
         self._dead.pop(past.top.epoch, None)
         self._bury(top.epoch)
         yield Step(top, reset=reason)
