@@ -252,7 +252,7 @@ class Audience:
         if self.tracks and not before:
             gone = self._end_those_behind()
         if number >= self._look_at_number or size > self._look_at_size:
-            gone += self._look(number, size, outcome)
+            gone += self._look(number, size, outcome, before)
         self.end = self.end.fill(event, frame, before)
         if self.waiting:
             outcome.wake += [waiting.wake for waiting in self.waiting if waiting.wake and waiting.ended is None]
@@ -264,8 +264,11 @@ class Audience:
         """Have all subscriptions looked at with the next event."""
         self._look_at_number = 0
 
-    def _look(self, number: int, size: int, outcome: Outcome) -> list[Subscription]:
-        """Compare what waits with the bounds when the log comes to be so long; note when that is to be done again."""
+    def _look(self, number: int, size: int, outcome: Outcome, before: _Before) -> list[Subscription]:
+        """Compare what waits with the bounds when the log comes to be so long; note when that is to be done again.
+
+        ``before`` is that of the event which makes it so long.
+        """
         gone = []
         # Where this process was held up, all of them overflow at one time.
         copies: dict[_Entry, _Entry] = {}
@@ -284,7 +287,7 @@ class Audience:
             # A single frame larger than the bound may wait alone: it could never be delivered otherwise.
             if events > self.max_events or (events > 1 and waiting > self.max_bytes):
                 if self.has_history and place not in seen:
-                    seen[place] = self._seen_before(place)
+                    seen[place] = self._seen_before(place, before)
                 if (positions := seen.get(place)) is not None:
                     subscription.fall_behind(dict(positions))
                     self.waiting.pop(subscription, None)
@@ -483,8 +486,11 @@ class Audience:
             last.next = end
             subscription.place(first)
 
-    def _seen_before(self, place: _Entry) -> dict[str, Position | None] | None:
-        """Return what somebody has seen who has seen all before ``place``; ``None``: not all of it can be had again."""
+    def _seen_before(self, place: _Entry, last: _Before) -> dict[str, Position | None] | None:
+        """Return what somebody has seen who has seen all before ``place``; ``None``: not all of it can be had again.
+
+        ``last`` is that of the event which is to be put at the end of the log.
+        """
         seen: dict[str, Position | None] = {}
         entry = place
         while entry.next is not None:
@@ -493,7 +499,7 @@ class Audience:
             for channel, position in entry.before:
                 seen.setdefault(channel, position)
             entry = entry.next
-        return {**self.positions(), **seen}
+        return {**self.positions(), **dict(last), **seen} if last else None
 
 
 def _only_known(positions: Mapping[str, Position | None]) -> dict[str, Position]:

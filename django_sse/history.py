@@ -63,11 +63,12 @@ class History(NamedTuple):
 
 
 class Past(NamedTuple):
-    """What a broker has kept of a channel: its events up to ``top``, oldest first, without a gap.
+    """What a broker has kept of a channel: its events behind ``base`` up to ``top``, oldest first, without a gap.
 
-    ``complete``: whether there are none before them.
+    ``complete``: whether none is kept that came before them.
     """
 
+    base: Position
     top: Position
     events: Sequence[tuple[Position, Any]]
     complete: bool

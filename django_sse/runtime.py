@@ -25,7 +25,7 @@ from .brokers.base import Broker, Payload
 from .cursor import Cursors
 from .event import Event, decode_message, decode_payload
 from .exceptions import BrokerUnavailable
-from .history import History, Past, Position
+from .history import History, Position
 from .hub import Hub, Placement
 from .recovery import Recovery
 from .track import Track
@@ -146,7 +146,7 @@ class Runtime:
                 if channel not in self._in_the_way:
                     log.error("%s", past)
                 continue
-            read = Past(past.top, [(at, _read(channel, payload)) for at, payload in past.events], past.complete)
+            read = past._replace(events=[(at, _read(channel, payload)) for at, payload in past.events])
             with self._lock:
                 outcome = self._hub.apply(want, read, time.monotonic())
                 self._after(outcome)
@@ -443,8 +443,6 @@ class Listener:
 
 def _read(channel: str, payload: Payload) -> tuple[Event, bytes] | None:
     """Return the event of a payload that was kept, and its frame; ``None`` where it is none."""
-    if not payload:  # in the place of an event that is not kept any more
-        return None
     try:
         event = decode_payload(payload)
     except ValueError as error:

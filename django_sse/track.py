@@ -272,29 +272,25 @@ class Track:
         # What is fetched is no older than what was known before, or the broker has gone back in time.
         if want.known is not None and want.known.epoch == top.epoch and past.top.offset < want.known.offset:
             return EPOCH
-        for position in (*(position for position, _ in past.events), past.top):
+        for position in (past.base, *(position for position, _ in past.events), past.top):
             if position.offset <= top.offset and self._log.check_at(position.offset) not in (None, position.check):
                 return EPOCH
-        # Only what begins with the last event that is known does certainly follow it.
-        lowest = past.events[0][0].offset if past.events else past.top.offset + 1
-        return EXPIRED if past.top.offset > top.offset and lowest > max(top.offset, 1) else None
+        return EXPIRED if past.base.offset > top.offset else None
 
     def _load(self, past: Past, now: float) -> None:
         """Let the log be what was fetched."""
-        base, events, complete = _anchored(past)
-        self._log.start(base, now, complete=complete)
-        for position, frame, size in self._with_ids(events):
+        self._log.start(past.base, now, complete=past.complete)
+        for position, frame, size in self._with_ids(past.events):
             self._log.add(position, frame, now, size)
 
     def _extend(self, top: Position, past: Past, now: float) -> None:
         """Add what was fetched before the log's beginning; what comes after its end is to come out."""
         log = self._log
-        base, events, complete = _anchored(past)
         assert log.base is not None, "it has a top"
-        if base.offset < log.base.offset <= past.top.offset:
-            older = [(position, frame) for position, frame in events if position.offset <= log.base.offset]
-            log.prepend(self._with_ids(older), base, now, complete=complete)
-        elif complete and base.offset >= log.base.offset:
+        if past.base.offset < log.base.offset:
+            older = [(position, frame) for position, frame in past.events if position.offset <= log.base.offset]
+            log.prepend(self._with_ids(older), past.base, now, complete=past.complete)
+        elif past.complete:
             log.complete = True
         self._backlog.extend((position, frame) for position, frame in past.events if position.offset > top.offset)
 
@@ -304,9 +300,9 @@ class Track:
         else:
             # Nobody has had anything of a new epoch. What was fetched may begin too late.
             self._log.start(Position(past.top.epoch, 0, 0), now)
-            if past.events and past.events[0][0].offset == 1:
+            if past.base.offset == 0:
                 self._backlog.extend(past.events)
-            elif past.top.offset > 0:
+            else:
                 self.need(TOP)
         self._dead.pop(past.top.epoch, None)
         self._bury(top.epoch)
@@ -340,13 +336,3 @@ def with_id(event: Event, frame: bytes, id: str | None) -> Frame:
 
 def _follows(position: Position, top: Position | None) -> bool:
     return top is not None and position.epoch == top.epoch and position.offset == top.offset + 1
-
-
-def _anchored(past: Past) -> tuple[Position, Sequence[tuple[Position, Any]], bool]:
-    """Return the position behind which ``past`` is known, what comes after it, and whether that is all there is."""
-    if not past.events:
-        return past.top, (), past.complete
-    first = past.events[0][0]
-    if first.offset == 1:
-        return Position(first.epoch, 0, 0), past.events, True
-    return first, past.events[1:], past.complete

@@ -65,8 +65,7 @@ class Broker(ABC):
     def fetch(self, channels: Sequence[tuple[str, History, int]]) -> list[Past | BrokerUnavailable]:
         """Return of each channel its top, and its events from an offset on: the latest if there is not room for all.
 
-        The payloads are as they were published. The first one may be empty, for the event before those that are kept:
-        who has seen just that has missed nothing else. What concerns one channel alone is returned in its place; raises
+        The payloads are as they were published. What concerns one channel alone is returned in its place; raises
         ``BrokerUnavailable`` for what concerns all of them.
         """
 

@@ -135,19 +135,19 @@ class _Kept:
     def past(self, lowest: int) -> Past:
         assert self._log.base is not None
         assert self._log.top is not None
-        base = self._log.base
-        kept = self._log.after(base)
-        if base.offset > 0:
-            kept.insert(0, (base, ""))
+        kept = self._log.after(self._log.base)
         events: list[tuple[Position, str]] = []
         room = FETCH_BYTES
         for position, payload in reversed(kept):
-            if position.offset < lowest or room <= 0:
+            base = position
+            if position.offset < max(lowest, 1) or room <= 0:
                 break
             events.append((position, payload))
             room -= len(payload)
+        else:
+            base = self._log.base
         events.reverse()
-        return Past(self._log.top, events, complete=len(events) == len(kept))
+        return Past(base, self._log.top, events, complete=len(events) == len(kept))
 
 
 def _with_position(payload: str, position: Position) -> str:

@@ -568,13 +568,20 @@ def _whole(client: redis.Redis, channel: str, history: History, lowest: int, ans
         args = [page[-1][0].offset - 1, lowest, PAGE_BYTES, history.ttl]
         answer = _read.run(client, _keys(channel), args)
         if int(answer[0]) != top.epoch:
-            return Past(_position(answer), (), complete=False)  # nothing is left of what was begun
+            top = _position(answer)  # nothing is left of what was begun
+            return Past(top, top, (), complete=False)
     # Until the first that is missing: others may have been trimmed between two pages.
     whole = [at for number, at in enumerate(events) if at[0].offset == top.offset - number]
     whole.reverse()
     # Whether more was wanted than there was.
     complete = room > 0 and len(whole) == len(events) and lowest < (whole[0][0].offset if whole else top.offset + 1)
-    return Past(top, whole, complete)
+    if not whole:
+        return Past(top, top, (), complete)
+    first, payload = whole[0]
+    if first.offset == 1 and payload:
+        return Past(Position(top.epoch, 0, 0), top, whole, complete=True)
+    # One more is kept than can be missed, so that it is certain what the others follow. Its payload may have expired.
+    return Past(first, top, whole[1:], complete)
 
 
 def _entry(epoch: int, id: bytes | str) -> Position:
