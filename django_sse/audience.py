@@ -519,7 +519,7 @@ def _joined(place: _Entry, max_bytes: int) -> tuple[_Entry, bytes]:
 
 @dataclass(slots=True)
 class Outcome:
-    """What follows from one published event."""
+    """What follows from published events, one or several."""
 
     #: What is to be called: some have something to take now, and had not before.
     wake: list[Callable[[], None]] = field(default_factory=list)
@@ -529,7 +529,7 @@ class Outcome:
     behind: list[Subscription] = field(default_factory=list)
     #: Subscriptions that have ended just now, and are no longer registered: they overflowed, or are to be asked anew.
     ended: list[Subscription] = field(default_factory=list)
-    #: Whether the event cannot be had again although its channel has history.
-    is_unkept: bool = False
+    #: Channels with history on which an event came that cannot be had again.
+    unkept: list[str] = field(default_factory=list)
     #: Channels that nobody listens to any more.
     idle: list[str] = field(default_factory=list)

@@ -106,10 +106,12 @@ def decode_message(payload: bytes | str) -> tuple[Event, dict[str, Any] | None]:
         items = json.loads(payload.decode() if isinstance(payload, bytes) else payload)
         if not isinstance(items, list) or len(items) not in (2, 3):
             raise ValueError("not a JSON list of event name, data and, at most, an id")
-        name, data, extra = (*items, None)[:3]
-        if isinstance(extra, dict):
-            return Event.of(name, data), extra
-        return Event.of(name, data, extra), None
+        name, data = items[0], items[1]
+        extra = items[2] if len(items) == 3 else None
+        position = extra if isinstance(extra, dict) else None
+        if type(name) is str and type(data) is str and extra is position:
+            return Event(name, data), position  # as almost all are: nothing has to become text
+        return Event.of(name, data, None if position is not None else extra), position
     except (TypeError, RecursionError) as error:
         raise ValueError(str(error)) from error
 

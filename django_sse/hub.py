@@ -108,17 +108,25 @@ class Hub:
         return Track(channel, history, self.needs, lambda position: self.id_of({channel: position}))
 
     def publish(
-        self, channel: str, event: Event, frame: bytes, position: Position | None = None, now: float = 0.0
+        self,
+        channel: str,
+        event: Event,
+        frame: bytes,
+        position: Position | None = None,
+        now: float = 0.0,
+        outcome: Outcome | None = None,
     ) -> Outcome:
         """Let ``event``, encoded as ``frame``, wait for every listener of ``channel``.
 
         ``position``: of an event that is in its channel's history. ``now``: seconds of a clock that does not go back.
+        Returns what follows from it, and from those before if their outcome is handed in.
         """
-        outcome = Outcome()
+        outcome = Outcome() if outcome is None else outcome
         track = self._tracks.get(channel)
         if track is None or position is None:
             # Whoever publishes without history on a channel that has it is heard, but his events cannot be had again.
-            outcome.is_unkept = track is not None
+            if track is not None:
+                outcome.unkept.append(channel)
             self._put(channel, event, frame, outcome)
         else:
             self._carry_out(track, track.came(position, event, frame, now), outcome)

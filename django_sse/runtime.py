@@ -176,8 +176,7 @@ class Runtime:
     def deliver(self, batch: Iterable[tuple[str, Payload]]) -> None:
         """Decode and encode each payload once, and put it into the mailboxes of its channel. For the broker."""
         self._reap()
-        wake: list[Callable[[], None]] = []
-        now = time.monotonic()
+        events: deque[tuple[str, Event, bytes, Position | None]] = deque()
         for channel, payload in batch:
             try:
                 event, extra = decode_message(payload)
@@ -185,17 +184,25 @@ class Runtime:
             except ValueError as error:
                 _complain(channel, payload, error)
                 continue
-            frame = encode(event)
-            with self._lock:
-                outcome = self._hub.publish(channel, event, frame, position, now)
-                self._after(outcome)
-            wake += self._tell(channel, outcome)
+            events.append((channel, event, encode(event), position))
+        while events:
+            self._publish(events)
             if self._crowded:
-                _ring(wake)
-                wake.clear()
                 self._give_time()
-        _ring(wake)
         self._look_for_needs()
+
+    def _publish(self, events: deque[tuple[str, Event, bytes, Position | None]]) -> None:
+        """Put ``events`` into the mailboxes of their channels, up to one that needs more than that done."""
+        outcome = Outcome()
+        now = time.monotonic()
+        with self._lock:
+            more = True
+            while more:
+                channel, event, frame, position = events.popleft()
+                self._hub.publish(channel, event, frame, position, now, outcome)
+                more = bool(events) and not (outcome.crowded or outcome.ended or outcome.behind or self._crowded)
+            self._after(outcome)
+        _ring(self._tell(channel, outcome))
 
     def _after(self, outcome: Outcome) -> None:
         """Do what follows from an event, under the lock."""
@@ -206,12 +213,12 @@ class Runtime:
 
     def _tell(self, channel: str, outcome: Outcome) -> list[Callable[[], None]]:
         """Return what is to be called; say what has happened to those who did not take their events."""
-        if outcome.is_unkept and channel not in self._unkept:
-            self._unkept.add(channel)
+        for unkept in set(outcome.unkept) - self._unkept:
+            self._unkept.add(unkept)
             log.warning(
                 "An event without a position came on channel %r, which has a HISTORY here: whoever publishes there "
                 "does not have that setting. Clients that lose their connection miss such events.",
-                channel,
+                unkept,
             )
         if outcome.behind:
             log.info("%d stream(s) on channel %r are behind; they are refilled.", len(outcome.behind), channel)

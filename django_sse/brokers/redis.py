@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import logging
 import random
 import selectors
@@ -48,6 +49,8 @@ STOP_TIMEOUT = 1.0
 BACKOFF = (0.05, 2.0)
 #: Seconds between two looks at a connection whose client has no socket to wait for (a fake one in a test).
 POLL_INTERVAL = 0.01
+#: Whether redis-py can be told how long a read may take. Where it cannot, the socket's own timeout says it.
+BOUNDS_READS = "timeout" in inspect.signature(redis.connection.AbstractConnection.read_response).parameters
 #: Events, and bytes of them, that are published in one round trip at most.
 PIPELINE_EVENTS, PIPELINE_BYTES = 500, 4 * 1024 * 1024
 #: Bytes of payloads that Redis returns in one reply, or little more: it serves nobody else meanwhile.
@@ -401,34 +404,54 @@ class _Reader:
                 self._broker.refuse(self, channel, error)
             else:
                 self._asked.append(channel)
+        _keep_out_of_log(pubsub.connection)
 
     def _read(self, pubsub: Any) -> bool:
         """Deliver what has arrived, without waiting for more. Whether anything had."""
         batch: list[tuple[str, Payload]] = []
         anything = False
-        # can_read() first: get_message() with no time at all takes half a message for a broken connection.
+        # can_read() first: a read with no time at all takes half a message for a broken connection.
         while len(batch) < BATCH and pubsub.connection is not None and pubsub.connection.can_read(timeout=0):
             anything = True
             try:
-                message = pubsub.get_message(timeout=MESSAGE_TIMEOUT)
+                event = self._take(pubsub)
             except redis.exceptions.ResponseError as error:
                 if not self._asked:
                     raise
                 self._broker.refuse(self, self._asked.popleft(), error)
                 continue
-            if message is None:
-                continue
-            if not isinstance(message, dict):  # a mock instead of a client would keep this loop busy for ever
-                raise TypeError(f"get_message() returned {type(message).__name__}, not a message")
-            if message["type"] == "message":
-                batch.append((_text(message["channel"]), message["data"]))
-            elif message["type"] == "subscribe":
-                self._answered(_text(message["channel"]))
+            if event is not None:
+                batch.append(event)
         if batch:
             self._broker.deliver(batch)
             # Under gevent, a reader that always finds more would never let a greenlet send what it has.
             time.sleep(0)
         return anything
+
+    def _take(self, pubsub: Any) -> tuple[str, Payload] | None:
+        """Read what has begun to arrive, waiting for its rest; return it if it is an event."""
+        connection = pubsub.connection
+        if hasattr(connection, "read_response"):
+            # As get_message() reads, without what it does besides: look at the socket again, count, and reconnect on
+            # its own account, so that nobody learns of a loss. For a small message that is most of the cost.
+            if BOUNDS_READS:
+                answer = connection.read_response(disconnect_on_error=False, push_request=True, timeout=MESSAGE_TIMEOUT)
+            else:
+                answer = connection.read_response(disconnect_on_error=False, push_request=True)
+            if answer and answer[0] == b"message":
+                return _text(answer[1]), answer[2]
+            message = pubsub.handle_message(answer)  # which keeps account of what is subscribed
+        else:  # a fake client
+            message = pubsub.get_message(timeout=MESSAGE_TIMEOUT)
+        if message is None:
+            return None
+        if not isinstance(message, dict):  # a mock instead of a client would keep the thread busy for ever
+            raise TypeError(f"{type(message).__name__} was received, not a message")
+        if message["type"] == "message":
+            return _text(message["channel"]), message["data"]
+        if message["type"] == "subscribe":
+            self._answered(_text(message["channel"]))
+        return None
 
     def _answered(self, channel: str) -> None:
         self._failures = 0
@@ -587,6 +610,20 @@ def _whole(client: redis.Redis, channel: str, history: History, lowest: int, ans
 def _entry(epoch: int, id: bytes | str) -> Position:
     offset, check = _text(id).split("-")
     return Position(epoch, int(offset), int(check))
+
+
+def _keep_out_of_log(connection: Any) -> None:
+    """Have redis-py not make a text of each message of a RESP3 connection, for its log.
+
+    Without it, reading takes twice as long, and with the default settings of redis-py 5 the log shows each message.
+    """
+    # A PubSub takes such a handler, too, but fails on a connection of RESP2; and which it is, is known when it is made.
+    parser = getattr(connection, "_parser", None)
+    for name in ("set_pubsub_push_handler", "set_push_handler"):  # as it is called now, and was in 5.0
+        set_handler = getattr(parser, name, None)
+        if set_handler is not None:
+            set_handler(lambda message: message)
+            return
 
 
 def _text(channel: bytes | str) -> str:
