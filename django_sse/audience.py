@@ -149,7 +149,7 @@ class Subscription:
     def take(self, limit: int | None = None, max_bytes: int | None = None) -> list[tuple[Event, bytes]]:
         """Return what waits, oldest first: at most ``limit`` events, and no more after ``max_bytes`` bytes."""
         taken: list[tuple[Event, bytes]] = []
-        if self._behind is not None and self._place.next is None and self.ended is None:
+        if self._behind is not None:
             self.audience.refill(self)
         place, size = self._place, 0
         while place.next is not None and len(taken) != limit and (max_bytes is None or size < max_bytes):
@@ -407,7 +407,9 @@ class Audience:
         Where that has to be fetched first, it gets nothing, and is rung for afterwards.
         """
         behind = subscription._behind
-        assert behind is not None, "it is only asked for those that are behind"
+        # Or somebody has done it meanwhile, or it waits for more than that.
+        if behind is None or subscription._place.next is not None or subscription.ended is not None:
+            return
         if any(track.starves(subscription) for track in self.tracks):
             return
         # Half of what may wait: the page's end may already be followed by what comes meanwhile. Others than those that

@@ -18,7 +18,7 @@ from .audience import Audience, Outcome, Subscription
 from .cursor import Cursors
 from .event import Event
 from .history import History, Past, Position
-from .track import TOP, NotFetched, Step, Track, Want, with_id
+from .track import TOP, NotFetched, Step, Track, Want, size_of, with_id
 
 __all__ = ["Hub", "Placement"]
 
@@ -47,6 +47,8 @@ class Hub:
         self._tracks: dict[str, Track] = {}
         #: Channels of which something is to be fetched, and the lowest offset that is wanted.
         self.needs: dict[str, int] = {}
+        #: How often recent events had to make room for others.
+        self.shrinks = 0
         # Bytes of recent events that have come since their sum was last looked at.
         self._added = 0
 
@@ -254,7 +256,11 @@ class Hub:
         self._carry_out(track, track.go_on(now), outcome)
         if track.is_behind:
             return outcome, True
-        outcome.wake += [fed.wake for fed in track.feed() if fed.wake is not None]
+        for fed in track.feed():
+            # Now, for what was fetched may have to make room for others soon.
+            fed.audience.refill(fed)
+            if fed.wake is not None:
+                outcome.wake.append(fed.wake)
         return outcome, False
 
     def _is_followed(self, track: Track) -> bool:
@@ -271,9 +277,10 @@ class Hub:
                     gone += audience.put_kept(track, step.position, step.frame, step.before, outcome)
             self._let_go(gone, outcome)
             if step.frame is not None:
-                self._added += len(step.frame[1])
+                self._added += size_of(step.frame)
         if self._added > RECENT_BYTES // 8:
             self._added = 0
             while sum(track.size for track in self._tracks.values()) > RECENT_BYTES:
+                self.shrinks += 1
                 for each in self._tracks.values():
                     each.shrink()

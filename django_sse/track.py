@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from .event import Event
 from .history import EPOCH, EXPIRED, UNKNOWN, Gap, History, Log, Past, Position
 
-__all__ = ["TOP", "Frame", "NotFetched", "Step", "Track", "Want", "with_id"]
+__all__ = ["TOP", "Frame", "NotFetched", "Step", "Track", "Want", "size_of", "with_id"]
 
 #: Above every offset: of a channel, nothing but its end is wanted.
 TOP = 1 << 53
@@ -255,7 +255,7 @@ class Track:
             frame = with_id(*frame, self._make_id(position))
             yield Step(self.top, position, frame)
         # Only now: whoever is looked at meanwhile has not had it.
-        self._log.add(position, frame, now, 0 if frame is None else len(frame[1]))
+        self._log.add(position, frame, now, 0 if frame is None else size_of(frame))
 
     def _postpone(self, position: Position, item: Frame) -> None:
         self._pending.append((position, item))
@@ -322,7 +322,13 @@ class Track:
                 yield position, None, 0
             else:
                 frame = with_id(*frame, self._make_id(position))
-                yield position, frame, len(frame[1])
+                yield position, frame, size_of(frame)
+
+
+def size_of(frame: Frame) -> int:
+    """Return the bytes that an event takes, in both of its forms."""
+    event, encoded = frame
+    return len(event.data) + len(encoded)
 
 
 def with_id(event: Event, frame: bytes, id: str | None) -> Frame:
