@@ -6,6 +6,7 @@ thread see to it (streams that are open must not wait). One fetch at a time take
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 import threading
@@ -53,12 +54,13 @@ class Recovery:
         try:
             # What another one tried meanwhile need not be tried by all who wait, one timeout after the other.
             if self._failed is not None and self._failed[0] > turns:
-                raise self._failed[1]
+                raise copy.copy(self._failed[1])
             self._turns += 1
             try:
                 return self._fetch()
             except Exception as error:
-                self._failed = self._turns, error
+                # Without its traceback, which would keep the request of whoever it is raised to.
+                self._failed = self._turns, copy.copy(error)
                 raise
         finally:
             self._turn.release()

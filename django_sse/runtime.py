@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import logging
 import os
 import threading
@@ -129,7 +130,7 @@ class Runtime:
             in_the_way = self._recovery.wait(timeout)
             for channel in subscription.channels:
                 if channel in in_the_way:
-                    raise in_the_way[channel]
+                    raise copy.copy(in_the_way[channel])
 
     def _fetch(self) -> dict[str, Exception]:
         """Fetch what the hub needs; return what was in the way, by channel."""

@@ -287,10 +287,10 @@ class Track:
         """Add what was fetched before the log's beginning; what comes after its end is to come out."""
         log = self._log
         assert log.base is not None, "it has a top"
-        if past.base.offset < log.base.offset:
+        if past.base.offset < log.base.offset <= past.top.offset:  # the log may have moved on meanwhile
             older = [(position, frame) for position, frame in past.events if position.offset <= log.base.offset]
             log.prepend(self._with_ids(older), past.base, now, complete=past.complete)
-        elif past.complete:
+        elif past.complete and past.base.offset >= log.base.offset:
             log.complete = True
         self._backlog.extend((position, frame) for position, frame in past.events if position.offset > top.offset)
 
