@@ -1,12 +1,10 @@
 """Everything the example needs and nothing more: no database, no sessions, no static files.
 
-Three variables of the environment matter: ``REDIS_URL``, ``DEBUG`` and ``ALLOWED_HOSTS``.
+Four variables of the environment matter: ``REDIS_URL``, ``DEBUG``, ``ALLOWED_HOSTS`` and ``SECRET_KEY``.
 """
 
 import os
 from pathlib import Path
-
-from django.core.management.utils import get_random_secret_key
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
@@ -14,9 +12,13 @@ BASE_DIR = Path(__file__).resolve().parent.parent
 REDIS_SSEQUEUE_CONNECTION_SETTINGS = {"location": os.environ.get("REDIS_URL", "memory:")}
 INSTALLED_APPS = ["django_sse"]
 
+# Pages that were away get what they have missed: as many notes as a page shows, for an hour after the last.
+DJANGO_SSE = {"HISTORY": {"SIZE": 200, "TTL": 3600}}
+
 DEBUG = os.environ.get("DEBUG", "1") not in ("0", "false", "")
 ALLOWED_HOSTS = os.environ.get("ALLOWED_HOSTS", "localhost 127.0.0.1 [::1]").split()
-SECRET_KEY = get_random_secret_key()  # nothing here is signed, so a new key at every start will do
+# It signs the ids of events, which a page brings back to any process, and tomorrow's. Nothing else here depends on it.
+SECRET_KEY = os.environ.get("SECRET_KEY", "anybody may know this one")
 
 MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",

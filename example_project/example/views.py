@@ -1,6 +1,6 @@
 """Three live pages: a clock, a board that everybody shares, and a room for every address.
 
-Nothing is stored: a note goes to the pages that are open while it is sent.
+Nothing is stored: a note goes to the pages that are open while it is sent, and to those that come back from a break.
 """
 
 import time

@@ -1,7 +1,7 @@
 
 // Keeps one EventSource while the page is shown, and says in #state how it is.
-// handlers: {name of an event: function of its data}.
-function listen(address, handlers) {
+// handlers: {name of an event: function of its data}; last: the id of the last event that the page knows of, if any.
+function listen(address, handlers, last = "") {
   const state = document.getElementById("state");
   let source, timer;
 
@@ -11,7 +11,8 @@ function listen(address, handlers) {
   }
 
   function open() {
-    source = new EventSource(address);
+    // A new EventSource has to be told where the page was. What reconnects by itself knows better.
+    source = new EventSource(last ? `${address}?last_event_id=${last}` : address);
     source.onopen = () => show("live");
     source.onerror = () => {
       show("reconnecting");
@@ -21,7 +22,10 @@ function listen(address, handlers) {
       }
     };
     for (const [name, handle] of Object.entries(handlers)) {
-      source.addEventListener(name, (event) => handle(event.data));
+      source.addEventListener(name, (event) => {
+        last = event.lastEventId || last;
+        handle(event.data);
+      });
     }
   }
 

@@ -52,6 +52,14 @@ def notes(page):
     return page.locator("#notes p").all_text_contents()
 
 
+GAP = "Notes may be missing here"
+
+
+def lines(page):
+    """The texts of the notes on a page and of the gaps between them, the newest first."""
+    return page.locator("#notes p, #notes .gap").all_text_contents()
+
+
 def send(text, page, *others):
     """Send a note from a page; return the milliseconds until the last of these pages showed a new one."""
     for each in (page, *others):
@@ -170,8 +178,10 @@ def test_the_pages_go_on_by_themselves_when_the_server_is_killed_and_started_aga
     example.start()
     for page in (here, there, clock):
         wait_for_state(page, "live")
+    for page in (here, there):  # the history went with its process
+        page.wait_for_selector(".gap")
     assert send("after", here, there) < ALL_SHOW_IT
-    assert notes(here) == notes(there) == ["after", "before"]
+    assert lines(here) == lines(there) == ["after", GAP, "before"]
     wait_for(clock, "last => document.getElementById('time').dateTime !== last", last_tick)
 
 
@@ -179,12 +189,15 @@ def test_a_page_goes_on_after_an_answer_that_is_no_stream(start_example, open_pa
     """EventSource itself gives up for good on what a proxy says while its server is away."""
     example = start_example("runserver")
     page = open_page(example.url)
-    page.route("**/events/", lambda route: route.fulfill(status=502, body="Bad Gateway"))
+    page.route("**/events/*", lambda route: route.fulfill(status=502, body="Bad Gateway"))
     page.goto(example.url + "/board/")
     wait_for_state(page, "reconnecting")
-    page.unroute("**/events/")
+    send("meanwhile", open_live(open_page, example.url + "/board/"))
+    page.unroute("**/events/*")
     wait_for_state(page, "live")
+    page.locator("#notes p").first.wait_for()
     send("after", page)
+    assert lines(page) == ["after", "meanwhile"]
 
 
 def test_a_page_fits_a_small_screen_whatever_is_sent(start_example, open_page):
@@ -204,11 +217,14 @@ def test_a_page_that_was_left_comes_back_from_the_browsers_cache_and_is_live_aga
     page.evaluate("window.kept = true")
     page.goto(example.url + "/clock/")
     wait_for_state(page, "live")
+    send("meanwhile", open_live(open_page, example.url + "/board/"))
+    page.bring_to_front()
     page.evaluate("history.back()")
     wait_for(page, "window.kept")
     wait_for_state(page, "live")
+    wait_for(page, "document.querySelectorAll('#notes p').length === 2")
     send("after", page)
-    assert notes(page) == ["after", "before"]
+    assert lines(page) == ["after", "meanwhile", "before"]
 
 
 def test_the_pages_that_were_left_hold_no_connection(example, open_page):
@@ -227,3 +243,37 @@ def test_with_redis_a_note_reaches_the_pages_of_another_process(start_example, r
     print("milliseconds:", *map(round, times))
     assert max(times) < ALL_SHOW_IT
     assert notes(here) == notes(there) == ["and back", "over Redis"]
+
+
+def test_with_redis_a_page_whose_server_is_killed_misses_no_note(start_example, redis_server, open_page):
+    first, second = (start_example("uvicorn", REDIS_URL=redis_server.url) for _ in range(2))
+    here, room = open_live(open_page, first.url + "/board/"), open_live(open_page, first.url + "/room/garden/")
+    there, same_room = open_live(open_page, second.url + "/board/"), open_live(open_page, second.url + "/room/garden/")
+    send("before", there, here)
+    first.kill()
+    for page in (here, room):
+        wait_for_state(page, "reconnecting")
+    for number in range(3):
+        send(f"meanwhile {number}", there)
+    send("to the room", same_room)
+    first.start()
+    wait_for(here, "document.querySelectorAll('#notes p').length === 4")
+    wait_for(room, "document.querySelectorAll('#notes p').length === 1")
+    send("after", there, here)
+    assert lines(here) == lines(there) == ["after", "meanwhile 2", "meanwhile 1", "meanwhile 0", "before"]
+    assert lines(room) == lines(same_room) == ["to the room"]
+
+
+def test_with_redis_a_page_that_was_open_before_its_stream_misses_no_note(start_example, redis_server, open_page):
+    example = start_example("uvicorn", REDIS_URL=redis_server.url)
+    other = open_live(open_page, example.url + "/board/")
+    page = open_page(example.url)
+
+    def connect(route):
+        send("between", other)
+        route.continue_()
+
+    page.route("**/events/*", connect)
+    page.goto(example.url + "/board/")
+    page.locator("#notes p").first.wait_for()
+    assert lines(page) == ["between"]

@@ -21,6 +21,7 @@ def _example(monkeypatch):
         ROOT_URLCONF="example.urls",
         TEMPLATES=[templates],
         REDIS_SSEQUEUE_CONNECTION_SETTINGS={"location": "memory:"},
+        DJANGO_SSE={"HISTORY": {}},
     ):
         yield
 
@@ -63,8 +64,10 @@ def test_a_broker_that_is_away_is_said_and_not_a_server_error(client):
     location = f"127.0.0.1:{free_port()}"  # nobody listens there
     with override_settings(REDIS_SSEQUEUE_CONNECTION_SETTINGS={"location": location}):
         response = client.post("/board/send/", {"text": "hello"})
+        page = client.get("/board/")
     assert response.status_code == 503
     assert response.content == b"Nobody can be reached just now."
+    assert (page.status_code, b'"unknown"' in page.content) == (200, True)  # it says by itself how it is
 
 
 @pytest.mark.parametrize(
