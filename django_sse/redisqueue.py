@@ -260,7 +260,7 @@ def _publication(event_name: Any, data: Any, channel: Any, event_id: Any = None)
 def _event(event: Sequence[Any], channel: str | None) -> tuple[Any, Any, Any]:
     if isinstance(event, (str, bytes)) or not isinstance(event, Sequence) or len(event) not in (2, 3):
         raise TypeError(f"events must be (event_name, data) or (event_name, data, channel), not {event!r}")
-    return event[0], event[1], event[2] if len(event) == 3 else channel
+    return event[0], event[1], event[2] if len(event) == 3 and event[2] is not None else channel
 
 
 def _publish(broker: Broker, publications: Sequence[Publication]) -> list[str | None]:
@@ -491,13 +491,17 @@ class _Steps:
     def _add(self, taken: list[tuple[Event, bytes]]) -> None:
         sse = self._view.sse
         for event, _ in taken:
-            if self._histories and type(sse) is Sse:
-                # In one block: an id that arrives without its event would have it missed.
+            # An id of ours in one block with its event, or behind it: one that arrives alone would have it missed.
+            if self._histories and isinstance(sse, Sse) and type(sse).add_message is Sse.add_message:
                 sse.add(event)
-                continue
-            if event.id is not None:
-                sse.set_event_id(event.id)
-            sse.add_message(event.name, event.data)
+            elif self._histories:
+                sse.add_message(event.name, event.data)
+                if event.id is not None:
+                    sse.set_event_id(event.id)
+            else:
+                if event.id is not None:
+                    sse.set_event_id(event.id)
+                sse.add_message(event.name, event.data)
 
 
 def _exhaust(view: RedisQueueView, method: str, steps: Any) -> None:

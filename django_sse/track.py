@@ -158,6 +158,9 @@ class Track:
         What comes live has to wait until that is known: it might seem to follow what it does not.
         """
         self._doubts += 1
+        # It came over a connection that is lost, and is fetched if it is still true.
+        self._pending.clear()
+        self._pending_before = 0
         self.need(TOP)
 
     # -- what comes -------------------------------------------------------------------------------------------------
@@ -264,6 +267,8 @@ class Track:
             self._pending_before = max(0, self._pending_before - 1)
         if not self._backlog and self._doubts == self._settled_doubts:
             self.need(TOP)
+            if self.top is not None and position.epoch != self.top.epoch:
+                self.need(max(0, position.offset - FURTHER))
 
     def _broken(self, top: Position, past: Past, want: Want) -> str | None:
         """Return why ``past`` does not continue the log, which ends at ``top``; ``None`` if it does."""
@@ -298,12 +303,9 @@ class Track:
         if past.top.epoch == top.epoch:
             self._load(past, now)
         else:
-            # Nobody has had anything of a new epoch. What was fetched may begin too late.
-            self._log.start(Position(past.top.epoch, 0, 0), now)
-            if past.base.offset == 0:
-                self._backlog.extend(past.events)
-            else:
-                self.need(TOP)
+            # Nobody has had anything of a new epoch.
+            self._log.start(past.base, now, complete=past.complete)
+            self._backlog.extend(past.events)
         self._dead.pop(past.top.epoch, None)
         self._bury(top.epoch)
         yield Step(top, reset=reason)

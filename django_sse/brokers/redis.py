@@ -519,16 +519,17 @@ def _publish_group(client: redis.Redis, group: Sequence[Publication]) -> list[Po
             client.publish(channel, payload)
             return [None]
         return [_position(_publish.run(client, *_script_arguments(group[0], history)))]
+    loads = any(publication.history is not None for publication in group)
     with client.pipeline(transaction=False) as pipeline:
-        # First of all: what comes later in the same round trip then finds it.
-        pipeline.script_load(_publish.text)
+        if loads:  # first of all: what comes later in the same round trip then finds it
+            pipeline.script_load(_publish.text)
         for publication in group:
             if publication.history is None:
                 pipeline.publish(publication.channel, publication.payload)
             else:
                 keys, args = _script_arguments(publication, publication.history)
                 pipeline.evalsha(_publish.sha, len(keys), *keys, *args)
-        answers = pipeline.execute()[1:]
+        answers = pipeline.execute()[loads:]
     return [
         None if publication.history is None else _position(answer)
         for publication, answer in zip(group, answers, strict=True)
