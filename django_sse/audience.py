@@ -279,7 +279,8 @@ class Audience:
             place = subscription._place
             events, waiting = number - place.number, size - place.size
             if subscription.ended is not None:
-                subscription.end(subscription.ended, clear=True)
+                # Of who was told to end, what waits may still be taken.
+                subscription.end(subscription.ended, clear=subscription._end is None)
                 gone.append(subscription)
                 continue
             if subscription._behind is not None:

@@ -88,7 +88,7 @@ class Log(Generic[T]):
     Times are seconds of any clock that does not go back.
     """
 
-    __slots__ = ("_entries", "_first", "_last", "base", "bytes", "complete", "size", "ttl")
+    __slots__ = ("_entries", "_first", "_last", "base", "bytes", "complete", "is_shrunk", "size", "ttl")
 
     def __init__(self, size: int, ttl: float) -> None:
         self.size = size
@@ -97,6 +97,8 @@ class Log(Generic[T]):
         self.base: Position | None = None
         #: Whether nobody has kept what is before it.
         self.complete = False
+        #: Whether some that somebody may still want had to make room for others.
+        self.is_shrunk = False
         #: Roughly what it takes.
         self.bytes = 0
         # A list, for one may begin to read anywhere; what is dropped at its beginning is cleared away now and then.
@@ -117,6 +119,7 @@ class Log(Generic[T]):
         self._entries = []
         self._first = self.bytes = 0
         self._last = now
+        self.is_shrunk = False
         self.base = base
         self.complete = complete
 
@@ -137,6 +140,7 @@ class Log(Generic[T]):
         self._first = 0
         self.bytes += sum(size for _, _, size in added)
         self._last = now  # somebody has kept them until now
+        self.is_shrunk = False
         self.base = older[-room - 1][0] if len(older) > room else base
         self.complete = complete
 
@@ -150,6 +154,7 @@ class Log(Generic[T]):
         """Forget the older half, though somebody else may have kept it."""
         self._forget((len(self) + 1) // 2)
         self.complete = False
+        self.is_shrunk = True
 
     def check_at(self, offset: int) -> int | None:
         """Return the check of the event number ``offset``; ``None`` where it is not known."""

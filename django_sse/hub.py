@@ -47,8 +47,6 @@ class Hub:
         self._tracks: dict[str, Track] = {}
         #: Channels of which something is to be fetched, and the lowest offset that is wanted.
         self.needs: dict[str, int] = {}
-        #: How often recent events had to make room for others.
-        self.shrinks = 0
         # Bytes of recent events that have come since their sum was last looked at.
         self._added = 0
 
@@ -281,6 +279,5 @@ class Hub:
         if self._added > RECENT_BYTES // 8:
             self._added = 0
             while sum(track.size for track in self._tracks.values()) > RECENT_BYTES:
-                self.shrinks += 1
                 for each in self._tracks.values():
                     each.shrink()

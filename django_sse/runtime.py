@@ -40,8 +40,6 @@ log = logging.getLogger("django_sse")
 PATIENCE = 0.1
 #: Reasons of an end after which nobody takes what waits.
 GONE = ("client", "stalled", "abandoned")
-#: How often what a new stream has missed is fetched, where it has to make room for others each time.
-ATTEMPTS = 4
 #: Seconds that a new stream waits for the broker to confirm its channels.
 SUBSCRIBE_TIMEOUT = 5.0
 
@@ -114,16 +112,10 @@ class Runtime:
             assert self.cursors is not None, "channels with history need cursors"
             positions = self.cursors.decode(last_id, subscription.channels)
         asked: dict[Track, int] = {}
-        shrinks = attempts = 0
         while True:
-            attempts += 1
             with self._lock:
                 if subscription.ended is not None:  # this process stops, for instance
                     return None
-                # What was fetched may have had to make room for others before this thread came to it.
-                if shrinks != self._hub.shrinks and attempts <= ATTEMPTS:
-                    shrinks = self._hub.shrinks
-                    asked.clear()
                 placement = self._hub.place(subscription, positions, time.monotonic(), asked)
             if placement is not None:
                 return placement

@@ -132,7 +132,8 @@ class Track:
             return self._log.after(position, limit)
         except Gap as gap:
             if gap.reason == EXPIRED:
-                if self._log.complete or (asked is not None and asked <= position.offset):
+                was_fetched = asked is not None and asked <= position.offset and not self._log.is_shrunk
+                if was_fetched or self._log.complete:
                     raise
                 # Twice as far back as this one needs: so those who come next from a little before cost few looks.
                 further = max(FURTHER, self.top.offset - position.offset)
