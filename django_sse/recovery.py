@@ -50,6 +50,7 @@ class Recovery:
         """
         turns = self._turns
         if not self._turn.acquire(timeout=-1 if timeout is None else timeout):
+            log.warning("A stream did not have its turn to fetch what its client has missed within %s s.", timeout)
             raise BrokerUnavailable(f"What was missed could not be fetched within {timeout} s")
         try:
             # What another one tried meanwhile need not be tried by all who wait, one timeout after the other.

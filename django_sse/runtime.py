@@ -40,6 +40,8 @@ log = logging.getLogger("django_sse")
 PATIENCE = 0.1
 #: Reasons of an end after which nobody takes what waits.
 GONE = ("client", "stalled", "abandoned")
+#: Seconds for which crowded mailboxes hold up, in all, what was fetched.
+FETCH_PATIENCE = 0.5
 #: Seconds that a new stream waits for the broker to confirm its channels.
 SUBSCRIBE_TIMEOUT = 5.0
 
@@ -138,6 +140,7 @@ class Runtime:
             with self._lock:
                 self._hub.give_back(wants)
             raise
+        begun = time.monotonic()
         for want, past in zip(wants, pasts, strict=True):
             channel = want.track.channel
             if isinstance(past, BrokerUnavailable):
@@ -154,7 +157,8 @@ class Runtime:
             more = True
             while more:
                 _ring(self._tell(channel, outcome))
-                if self._crowded:
+                # Those who cannot keep up are behind, and are refilled: others wait for their turn to fetch.
+                if self._crowded and time.monotonic() < begun + FETCH_PATIENCE:
                     self._give_time()
                 with self._lock:
                     outcome, more = self._hub.go_on(want, time.monotonic())
