@@ -249,10 +249,10 @@ class Audience:
         """
         number, size = self.end.number + 1, self.end.size + len(frame)
         gone = []
-        if self.tracks and not before:
-            gone = self._end_those_behind()
         if number >= self._look_at_number or size > self._look_at_size:
-            gone += self._look(number, size, outcome, before)
+            gone = self._look(number, size, outcome, before)
+        if self.tracks and not before:
+            gone += self._end_those_behind()
         self.end = self.end.fill(event, frame, before)
         if self.waiting:
             outcome.wake += [waiting.wake for waiting in self.waiting if waiting.wake and waiting.ended is None]
