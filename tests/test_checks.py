@@ -33,6 +33,9 @@ def unknown(key):
         {"MAX_AGE": 3600, "STALL_TIMEOUT": 0.5, "MAX_STREAMS": 1, "MAX_STREAMS_PER_USER": 1},
         {"MAX_AGE": None, "STALL_TIMEOUT": None, "MAX_STREAMS": None, "MAX_STREAMS_PER_USER": None},
         {"SHUTDOWN_WINDOW": 0, "CHANNEL_PREFIX": "shop:"},
+        {"HISTORY": None, "MAX_PAYLOAD": None},
+        {"HISTORY": {"SIZE": 1, "TTL": 1}, "MAX_PAYLOAD": 1},
+        {"HISTORY": {"news": {}, "room-*": {"SIZE": 5}, "*": None}},
     ],
     ids=repr,
 )
@@ -62,6 +65,12 @@ def test_no_settings_are_passed_over_in_silence(settings):
         ({"MAX_STREAMS_PER_USER": 0}, 'DJANGO_SSE["MAX_STREAMS_PER_USER"]'),
         ({"SHUTDOWN_WINDOW": -1}, 'DJANGO_SSE["SHUTDOWN_WINDOW"]'),
         ({"CHANNEL_PREFIX": None}, 'DJANGO_SSE["CHANNEL_PREFIX"]'),
+        ({"HISTORY": 1000}, 'DJANGO_SSE["HISTORY"]'),
+        ({"HISTORY": {"SIZE": 0}}, 'DJANGO_SSE["HISTORY"]["SIZE"]'),
+        ({"HISTORY": {"TTL": 0.5}}, 'DJANGO_SSE["HISTORY"]["TTL"]'),
+        ({"HISTORY": {"news": 5}}, "DJANGO_SSE[\"HISTORY\"]['news']"),
+        ({"HISTORY": {"news": {}, "room-*": {"SIZE": 0}}}, 'DJANGO_SSE["HISTORY"][\'room-*\']["SIZE"]'),
+        ({"MAX_PAYLOAD": 0}, 'DJANGO_SSE["MAX_PAYLOAD"]'),
     ],
     ids=repr,
 )

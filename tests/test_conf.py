@@ -1,5 +1,6 @@
 """Settings are read when they are asked for, and a wrong one is an error that names it."""
 
+import functools
 import re
 import threading
 from decimal import Decimal
@@ -9,7 +10,9 @@ from django.core.exceptions import ImproperlyConfigured
 from django.test import override_settings
 
 from django_sse.conf import DEFAULTS, check_seconds, configuration
+from django_sse.history import History
 
+MIB = 1024 * 1024
 RIGHT, SIC = "REDIS_SSEQUEUE_CHANNEL_NAME", "REDIS_SSEQUEUE_CHANEL_NAME"
 
 
@@ -18,6 +21,12 @@ def _without_settings(settings):
     for name in ("DJANGO_SSE", "REDIS_SSEQUEUE_CONNECTION_SETTINGS", RIGHT, SIC):
         if hasattr(settings, name):
             delattr(settings, name)
+
+
+def read(attribute):
+    """What a key says; what is kept is asked for by channel."""
+    value = getattr(configuration, attribute)
+    return value("news") if callable(value) else value
 
 
 # --- defaults ---
@@ -37,6 +46,9 @@ def test_without_settings_there_are_defaults():
     assert configuration.max_streams_per_user is None
     assert configuration.shutdown_window == 5
     assert configuration.channel_prefix == ""
+    assert configuration.history("news") is None
+    assert not configuration.has_history
+    assert configuration.max_payload == MIB
     assert configuration.unknown == []
 
 
@@ -76,7 +88,7 @@ def test_each_bound_of_the_mailbox_has_its_own_default(settings, mailbox, bounds
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "attribute", "read"),
+    ("key", "value", "attribute", "expected"),
     [
         ("HEARTBEAT", 5, "heartbeat", 5),
         ("HEARTBEAT", 0.5, "heartbeat", 0.5),
@@ -95,13 +107,17 @@ def test_each_bound_of_the_mailbox_has_its_own_default(settings, mailbox, bounds
         ("SHUTDOWN_WINDOW", 0, "shutdown_window", 0),
         ("SHUTDOWN_WINDOW", 0.5, "shutdown_window", 0.5),
         ("CHANNEL_PREFIX", "shop:é:", "channel_prefix", "shop:é:"),
+        ("HISTORY", {"SIZE": 2, "TTL": 3}, "history", History("news", 2, 3)),
+        ("HISTORY", None, "history", None),
+        ("MAX_PAYLOAD", 1, "max_payload", 1),
+        ("MAX_PAYLOAD", None, "max_payload", None),
     ],
 )
-def test_a_key_holds_as_long_as_it_is_overridden(key, value, attribute, read):
-    before = getattr(configuration, attribute)
+def test_a_key_holds_as_long_as_it_is_overridden(key, value, attribute, expected):
+    before = read(attribute)
     with override_settings(DJANGO_SSE={key: value}):
-        assert getattr(configuration, attribute) == read
-    assert getattr(configuration, attribute) == before
+        assert read(attribute) == expected
+    assert read(attribute) == before
 
 
 def test_the_connection_settings_are_the_object_of_the_settings_itself():
@@ -143,6 +159,13 @@ WRONG = {
     'DJANGO_SSE["MAX_STREAMS"]': [0, *(value for value in NO_WHOLE_NUMBERS if value is not None)],
     'DJANGO_SSE["MAX_STREAMS_PER_USER"]': [0, *(value for value in NO_WHOLE_NUMBERS if value is not None)],
     'DJANGO_SSE["SHUTDOWN_WINDOW"]': [None, *NO_SECONDS],
+    'DJANGO_SSE["HISTORY"]': [1, True, False, "news", ["news"], ()],
+    'DJANGO_SSE["HISTORY"]["SIZE"]': [0, *NO_WHOLE_NUMBERS],
+    'DJANGO_SSE["HISTORY"]["TTL"]': [0, *NO_WHOLE_NUMBERS],
+    "DJANGO_SSE[\"HISTORY\"]['news']": [1, True, "1000", [1000, 3600], {"size": 1}, {"SIZE": 1, "TTLS": 1}, {1: 2}],
+    'DJANGO_SSE["HISTORY"][\'*\']["SIZE"]': [0, *NO_WHOLE_NUMBERS],
+    'DJANGO_SSE["HISTORY"][\'n*\']["TTL"]': [0, *NO_WHOLE_NUMBERS],
+    'DJANGO_SSE["MAX_PAYLOAD"]': [0, *(value for value in NO_WHOLE_NUMBERS if value is not None)],
     'DJANGO_SSE["CHANNEL_PREFIX"]': [None, 1, b"shop:", ["shop:"], "shop:\n", "\0", "\ud800"],
 }
 
@@ -152,10 +175,10 @@ WRONG = {
     [pytest.param(name, value, id=f"{name} = {value!r:.20}") for name, values in WRONG.items() for value in values],
 )
 def test_a_wrong_value_is_an_error_that_names_the_setting_and_the_value(settings, name, value):
-    key, *inner = re.findall('"(.+?)"', name)
-    settings.DJANGO_SSE = {key: {inner[0]: value} if inner else value}
+    keys = re.findall("""\\[["'](.+?)["']]""", name)
+    settings.DJANGO_SSE = functools.reduce(lambda inner, key: {key: inner}, reversed(keys), value)
     with pytest.raises(ImproperlyConfigured, match=f"^{re.escape(name)} must be .* not {re.escape(repr(value))}"):
-        getattr(configuration, key.lower())
+        read(keys[0].lower())
 
 
 @pytest.mark.parametrize(
@@ -169,11 +192,11 @@ def test_a_heartbeat_that_no_thread_can_wait_for_is_an_error(settings, value):
 
 
 @pytest.mark.parametrize("given", [None, ["HEARTBEAT"], "HEARTBEAT", 1, True], ids=repr)
-@pytest.mark.parametrize("attribute", [*map(str.lower, DEFAULTS), "unknown"])
+@pytest.mark.parametrize("attribute", [*map(str.lower, DEFAULTS), "has_history", "histories", "unknown"])
 def test_no_key_can_be_read_from_what_is_no_dict(settings, attribute, given):
     settings.DJANGO_SSE = given
     with pytest.raises(ImproperlyConfigured, match=f"^DJANGO_SSE must be a dict, not {re.escape(repr(given))}"):
-        getattr(configuration, attribute)
+        read(attribute)
 
 
 @pytest.mark.parametrize("attribute", ["retry", "mailbox", "threads", "max_streams", "shutdown_window"])
@@ -205,3 +228,99 @@ def test_the_heartbeat_of_a_view_is_checked_under_its_own_name():
 def test_keys_that_mean_nothing_are_listed_in_order(settings, given, unknown):
     settings.DJANGO_SSE = given
     assert configuration.unknown == unknown
+
+
+# --- history ---
+
+
+@pytest.mark.parametrize(
+    ("given", "size", "ttl"),
+    [
+        ({}, 1000, 3600),
+        ({"SIZE": 5}, 5, 3600),
+        ({"TTL": 5}, 1000, 5),
+        ({"SIZE": 1, "TTL": 1}, 1, 1),
+        ({"*": {}}, 1000, 3600),
+        ({"news": {}}, 1000, 3600),
+        ({"news": {"SIZE": 5}}, 5, 3600),
+        ({"n*": {"TTL": 5}}, 1000, 5),
+    ],
+)
+def test_each_bound_of_a_history_has_its_own_default(settings, given, size, ttl):
+    settings.DJANGO_SSE = {"HISTORY": given}
+    assert configuration.history("news") == History("news", size, ttl)
+    assert configuration.has_history
+
+
+BY_CHANNEL = {
+    "*": {"SIZE": 1},
+    "room-*": {"SIZE": 2},
+    "room-1*": {"SIZE": 3},
+    "room-1": {"SIZE": 4},
+    "private": None,
+    "private-*": None,
+    "private-news": {"SIZE": 5},
+    "room-none*": None,
+    "a*b": {"SIZE": 6},
+}
+
+
+@pytest.mark.parametrize(
+    ("channel", "size"),
+    [
+        ("news", 1),
+        ("", 1),
+        ("room", 1),
+        ("room-", 2),
+        ("room-2", 2),
+        ("room-10", 3),
+        ("room-1", 4),
+        ("private", None),
+        ("private-", None),
+        ("private-x", None),
+        ("private-news", 5),
+        ("private-news-2", None),
+        ("room-none", None),
+        ("room-nonesuch", None),
+        ("a*b", 6),
+        ("a2b", 1),
+        ("ROOM-1", 1),
+        ("aroom-1", 1),
+    ],
+)
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_exact_name_counts_first_and_then_the_longest_prefix(settings, channel, size, order):
+    settings.DJANGO_SSE = {"HISTORY": dict(list(BY_CHANNEL.items())[::order])}
+    history = configuration.history(channel)
+    assert (history and history.size) == size
+    assert history is None or history.name == channel
+
+
+@pytest.mark.parametrize("given", [{"room-*": {}}, {"room": {}}, {"other": {}, "*": None}])
+def test_a_channel_that_nothing_is_said_of_has_no_history(settings, given):
+    settings.DJANGO_SSE = {"HISTORY": given}
+    assert configuration.history("news") is None
+    assert configuration.has_history
+
+
+def test_a_channel_that_is_a_number_is_named_by_it(settings):
+    settings.DJANGO_SSE = {"HISTORY": {7: {"SIZE": 5}}}
+    assert configuration.history("7") == History("7", 5, 3600)
+
+
+def test_a_mistake_in_the_history_of_one_channel_is_told_to_all(settings):
+    settings.DJANGO_SSE = {"HISTORY": {"news": {}, "other": {"SIZE": 0}}}
+    with pytest.raises(ImproperlyConfigured, match="'other'"):
+        configuration.history("news")
+
+
+def test_bounds_beside_channels_are_an_error(settings):
+    settings.DJANGO_SSE = {"HISTORY": {"SIZE": 5, "news": {}}}
+    with pytest.raises(ImproperlyConfigured, match="SIZE"):
+        configuration.history("news")
+
+
+def test_the_prefix_of_channels_is_no_part_of_their_names(settings):
+    settings.DJANGO_SSE = {"CHANNEL_PREFIX": "shop:", "HISTORY": {"news": {}}}
+    assert configuration.history("news") is not None
+    assert configuration.history("shop:news") is None

@@ -11,7 +11,7 @@ from django.core.serializers.json import DjangoJSONEncoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from django_sse.event import Event, decode_payload, encode_payload, text_of
+from django_sse.event import Event, decode_message, decode_payload, encode_payload, require_utf8, text_of
 
 # Where text goes wrong first: line ends, what str.splitlines() takes for one, and what JSON or the wire treat apart.
 AWKWARD = ["\r\n", *'\r\n\v\f\x1c\x85\u2028\u2029\0 :"\\\ufeff😀']
@@ -382,3 +382,51 @@ def test_any_payload_of_two_or_three_items_is_an_event_or_a_value_error(items):
         pass
     else:
         assert decode_payload(encode_payload(event.name, event.data, event.id)) == event
+
+
+# --- The third item ---
+
+
+@pytest.mark.parametrize("extra", [{}, {"epoch": 1, "offset": 2, "check": 3}, {"id": "7"}, {"a": [{"b": None}]}])
+def test_an_object_as_the_third_item_comes_beside_the_event(extra):
+    payload = json.dumps(["a", ["b", "c"], extra])
+    assert decode_message(payload) == decode_message(payload.encode()) == (Event("a", "b\nc"), extra)
+
+
+@pytest.mark.parametrize(
+    ("payload", "event"),
+    [
+        ('["a", "b"]', Event("a", "b")),
+        ('["a", "b", null]', Event("a", "b")),
+        ('["a", "b", "7"]', Event("a", "b", "7")),
+        ('["a", {"b": 1}]', Event("a", '{"b": 1}')),
+    ],
+)
+def test_beside_an_event_without_an_object_there_is_nothing(payload, event):
+    assert decode_message(payload) == (event, None)
+
+
+@pytest.mark.parametrize("payload", MALFORMED.values(), ids=MALFORMED)
+def test_what_is_no_payload_is_no_message(payload):
+    with pytest.raises(ValueError, match="."):
+        decode_message(payload)
+
+
+@pytest.mark.parametrize("payload", [b'["a", "b", {}, {}]', b'["a", {"b": 1}', b'[{}, "b", {}]', b'["a\\n", "b", {}]'])
+def test_an_object_does_not_make_up_for_what_is_wrong_before_it(payload):
+    with pytest.raises(ValueError, match="."):
+        decode_message(payload)
+
+
+@unhurried
+@given(EVENTS, st.dictionaries(TEXTS, JSON_VALUES, max_size=3))
+def test_an_object_that_is_added_to_a_payload_comes_back(event, extra):
+    payload = encode_payload(event.name, event.data)
+    assert decode_message(f"{payload[:-1]},{json.dumps(extra)}]") == (Event(event.name, event.data), extra)
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfff", "\ud83d\ude00"])
+def test_a_text_that_utf_8_cannot_carry_is_refused_by_the_name_of_its_argument(text):
+    with pytest.raises(ValueError, match="^event_id contains a lone surrogate at position "):
+        require_utf8("event_id", text)
+    assert require_utf8("event_id", "é😀\0\n") is None

@@ -1,61 +1,41 @@
-"""The hub: who gets an event, in which order, what may wait, and what its owner is told to do next."""
+"""The hub: who gets an event, in which order, and what its owner is told to do next."""
 
-import gc
-import weakref
-from collections import Counter
+import json
+import os
+import sys
+from collections import Counter, deque
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from random import Random
 
 import pytest
-from hypothesis import settings
+from hypothesis import seed, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
+from django_sse import hub as hub_module
+from django_sse import track
+from django_sse.cursor import Cursors
 from django_sse.event import Event
+from django_sse.history import History, Position, reset_event
 from django_sse.hub import Hub, Outcome
-
-BOUNDS = {"max_events": 10, "max_bytes": 1000}
-
-
-def subscribe(hub, *channels, max_events=10, max_bytes=1000, claimed=True):
-    """A subscription that `hub` knows; `claimed` by a stream, which can be woken."""
-    subscription, _ = hub.subscribe(channels, max_events=max_events, max_bytes=max_bytes)
-    if claimed:
-        claim(subscription)
-    return subscription
-
-
-def claim(subscription):
-    """Have it woken by something that tells it from others."""
-    subscription.wake = lambda: subscription
+from django_sse.track import TOP
+from django_sse.wire import encode
+from tests.helpers.listening import BOUNDS, Process, claim, publish, share, subscribe, texts, woken
+from tests.helpers.timeline import item, timelines
 
 
 def first(hub, *channels):
     """The channels that have their first listener with one to `channels`."""
     return hub.subscribe(channels, **BOUNDS)[1]
-
-
-def share(subscription, ring):
-    """Have `ring` called for it and for others."""
-    subscription.shared = True
-    subscription.audience.waiting.pop(subscription, None)
-    subscription.audience.bells[ring] = None
-
-
-def woken(outcome):
-    return [wake() for wake in outcome.wake]
-
-
-def publish(hub, channel, *texts):
-    """Publish each of `texts` as an event whose frame is as many bytes as the text; return the last outcome."""
-    for text in texts:
-        outcome = hub.publish(channel, Event("", text), text.encode())
-    return outcome
-
-
-def texts(taken):
-    for event, frame in taken:
-        assert frame == event.data.encode()
-    return [event.data for event, _ in taken]
 
 
 # --- who gets what ---
@@ -195,149 +175,14 @@ def test_the_hub_knows_its_channels_and_subscriptions():
     assert hub.subscriptions == {two}
 
 
-# --- what waits ---
-
-
-def test_take_gives_what_waits_once():
-    hub = Hub()
-    subscription = subscribe(hub, "a")
-    assert subscription.take() == subscription.take(1) == []
-    publish(hub, "a", "1", "2")
-    assert len(subscription) == 2
-    assert texts(subscription.take()) == ["1", "2"]
-    assert subscription.take() == []
-    assert len(subscription) == 0
-
-
-def test_take_gives_at_most_the_limit_and_leaves_the_rest():
-    hub = Hub()
-    subscription = subscribe(hub, "a")
-    publish(hub, "a", "1", "2", "3", "4")
-    assert texts(subscription.take(1)) == ["1"]
-    publish(hub, "a", "5")
-    assert texts(subscription.take(2)) == ["2", "3"]
-    assert texts(subscription.take(2)) == ["4", "5"]
-    assert subscription.take(2) == []
-
-
-@pytest.mark.parametrize(
-    ("max_bytes", "expected"),
-    [
-        (1, ["12"]),
-        (2, ["12"]),
-        (3, ["12", "34"]),
-        (4, ["12", "34"]),
-        (5, ["12", "34", "56"]),
-        (6, ["12", "34", "56"]),
-        (60, ["12", "34", "56"]),
-        (None, ["12", "34", "56"]),
-    ],
-)
-def test_take_gives_no_more_after_the_event_that_makes_it_the_bytes_asked_for(max_bytes, expected):
-    hub = Hub()
-    subscription = subscribe(hub, "a")
-    publish(hub, "a", "12", "34", "56")
-    assert texts(subscription.take(max_bytes=max_bytes)) == expected
-    assert texts(subscription.take()) == ["12", "34", "56"][len(expected) :]
-
-
-def test_take_keeps_to_both_bounds():
-    hub = Hub()
-    subscription = subscribe(hub, "a")
-    publish(hub, "a", "12", "34", "56", "78", "90")
-    assert texts(subscription.take(1, 100)) == ["12"]
-    assert texts(subscription.take(100, 3)) == ["34", "56"]
-    assert texts(subscription.take(100, 100)) == ["78", "90"]
-
-
-def test_an_event_above_the_bytes_asked_for_is_given_alone():
-    hub = Hub()
-    subscription = subscribe(hub, "a")
-    publish(hub, "a", "123456", "7")
-    assert texts(subscription.take(max_bytes=2)) == ["123456"]
-    assert texts(subscription.take(max_bytes=2)) == ["7"]
-
-
-@pytest.mark.parametrize("limits", [(None, None), (1, None), (2, None), (None, 1), (None, 3), (2, 1)])
-def test_what_was_taken_makes_room_for_as_many_bytes(limits):
-    hub = Hub()
-    subscription = subscribe(hub, "a", max_bytes=4)
-    for _ in range(5):
-        publish(hub, "a", "12", "34")
-        assert subscription.ended is None
-        taken = subscription.take(*limits) + subscription.take(*limits)
-        assert texts(taken) == ["12", "34"]
-
-
-# --- whom to wake ---
-
-
-def test_a_subscription_is_to_be_woken_by_the_first_event_that_waits_and_not_by_the_next():
-    hub = Hub()
-    one, two = subscribe(hub, "a"), subscribe(hub, "a", "b")
-    assert woken(publish(hub, "a", "1")) == [one, two]
-    assert woken(publish(hub, "a", "2")) == []
-    one.take()
-    assert woken(publish(hub, "a", "3")) == [one]
-    two.take(1)
-    assert woken(publish(hub, "b", "4")) == []
-    two.take()
-    assert woken(publish(hub, "b", "5")) == [two]
-
-
-def test_who_is_served_with_others_is_rung_for_by_their_bell_at_every_event_and_not_woken():
-    hub = Hub()
-    alone, one, two = [subscribe(hub, "a", "b") for _ in range(3)]
-    other = subscribe(hub, "a")
-    share(one, ring := lambda: "ring")
-    share(two, ring)
-    assert Counter(woken(publish(hub, "a", "1"))) == Counter([alone, "ring", other])
-    assert woken(publish(hub, "b", "2")) == ["ring"]
-    assert texts(one.take()) == ["1", "2"]
-    assert woken(publish(hub, "b", "3")) == ["ring"]
-    del one.audience.bells[ring]
-    assert woken(publish(hub, "b", "4")) == []
-
-
 # --- overflow ---
-
-
-def test_one_event_too_many_ends_the_subscription():
-    hub = Hub()
-    subscription = subscribe(hub, "a", max_events=2)
-    assert publish(hub, "a", "1", "2").overflowed == []
-    assert subscription.ended is None
-    outcome = publish(hub, "a", "3")
-    assert subscription.ended == "overflow"
-    assert outcome.overflowed == [subscription]
-    assert outcome.wake == outcome.crowded == []
-
-
-def test_one_byte_too_many_ends_the_subscription():
-    hub = Hub()
-    subscription = subscribe(hub, "a", max_bytes=6)
-    publish(hub, "a", "123", "456")
-    assert subscription.ended is None
-    assert publish(hub, "a", "7").overflowed == [subscription]
-    assert subscription.ended == "overflow"
-
-
-def test_what_waited_at_an_overflow_can_still_be_taken_and_nothing_comes_after_it():
-    hub = Hub()
-    subscription = subscribe(hub, "a", max_events=2)
-    publish(hub, "a", "1", "2", "3", "4")
-    assert texts(subscription.take(1)) == ["1"]
-    publish(hub, "a", "5")
-    assert texts(subscription.take()) == ["2"]
-    assert subscription.take() == []
-    assert subscription.ended == "overflow"
 
 
 def test_an_overflow_is_reported_once_and_ends_no_other_subscription():
     hub = Hub()
     full, other = subscribe(hub, "a", max_events=1), subscribe(hub, "a")
-    assert publish(hub, "a", "1", "2").overflowed == [full]
-    assert publish(hub, "a", "3").overflowed == []
+    assert publish(hub, "a", "1", "2").ended == [full]
+    assert publish(hub, "a", "3").ended == []
     assert hub.subscriptions == {other}
     assert texts(other.take()) == ["1", "2", "3"]
 
@@ -350,51 +195,6 @@ def test_an_overflow_leaves_every_channel_and_reports_those_without_listeners():
     assert outcome.idle == ["a", "c"]
     assert hub.channels == ["b"]
     assert hub.subscriptions == {other}
-
-
-def test_a_frame_above_the_bound_may_wait_alone():
-    hub = Hub()
-    subscription = subscribe(hub, "a", max_bytes=4)
-    publish(hub, "a", "12345")
-    assert subscription.ended is None
-    assert texts(subscription.take()) == ["12345"]
-    publish(hub, "a", "123456")
-    assert texts(subscription.take(1)) == ["123456"]
-
-
-def test_a_frame_above_the_bound_neither_joins_others_nor_is_joined():
-    hub = Hub()
-    before, after = subscribe(hub, "a", max_bytes=4), subscribe(hub, "b", max_bytes=4)
-    assert publish(hub, "a", "1", "23456").overflowed == [before]
-    assert publish(hub, "b", "12345", "").overflowed == [after]
-    assert texts(before.take()) == ["1"]
-    assert texts(after.take()) == ["12345"]
-
-
-def test_what_waits_for_those_that_overflow_together_is_kept_once():
-    hub = Hub()
-    first, second, late = (hub.subscribe(["a"], max_events=3, max_bytes=1000)[0] for _ in range(3))
-    publish(hub, "a", "0")
-    late.take()
-    publish(hub, "a", "1", "2", "3")
-    assert (first.ended, second.ended, late.ended) == ("overflow", "overflow", None)
-    assert first._place is second._place
-    publish(hub, "a", "4")
-    assert late.ended == "overflow"
-    assert texts(first.take()) == texts(second.take()) == ["0", "1", "2"]
-    assert texts(late.take()) == ["1", "2", "3"]
-
-
-def test_those_that_overflow_together_from_different_places_share_what_waits_for_both():
-    hub = Hub()
-    one, other = (hub.subscribe(["a"], max_events=3, max_bytes=5)[0] for _ in range(2))
-    publish(hub, "a", "0")
-    other.take()
-    publish(hub, "a", "1", "22222")
-    assert (one.ended, other.ended) == ("overflow", "overflow")
-    assert one._place.next is other._place
-    assert (texts(one.take()), texts(other.take())) == (["0", "1"], ["1"])
-    assert len(one) == len(other) == 0
 
 
 # --- subscriptions that nobody reads ---
@@ -417,18 +217,10 @@ def test_an_abandoned_subscription_is_forgotten_before_it_would_have_overflowed_
     gone.ended = "abandoned"
     for _ in range(4):
         outcome = publish(hub, "a", "more")
-        assert (outcome.crowded, outcome.overflowed) == ([], [])
+        assert (outcome.crowded, outcome.ended) == ([], [])
         other.take()
     assert hub.subscriptions == {other}
     assert gone.take() == []
-
-
-def test_an_unclaimed_subscription_gets_its_events_and_never_counts_as_crowded():
-    hub = Hub()
-    subscription = subscribe(hub, "a", max_events=3, claimed=False)
-    for text in "123":
-        assert publish(hub, "a", text).crowded == []
-    assert texts(subscription.take()) == ["1", "2", "3"]
 
 
 def test_an_unclaimed_subscription_that_overflows_is_forgotten_and_nobody_told():
@@ -439,364 +231,415 @@ def test_an_unclaimed_subscription_that_overflows_is_forgotten_and_nobody_told()
     assert hub.subscriptions == set()
 
 
-# --- crowded and slow ---
+# --- with history: where a client begins ---
 
 
-def test_a_subscription_is_crowded_with_more_than_half_of_its_events():
+def test_who_has_no_position_begins_at_the_end_and_is_told_where_that_is():
+    process = Process(a=10)
+    process.publish("a", 3, missed=True)
+    subscription = process.subscribe("a")
+    assert process.hub.place(subscription, None, 0.0, {}) is None
+    assert process.fetch() == [("a", TOP)]
+    placement = process.hub.place(subscription, None, 0.0, {})
+    assert (placement.is_first, placement.resets) == (True, {})
+    assert process.offsets(placement.cursor) == {"a": 3}
+
+
+def test_where_the_end_is_known_nobody_has_to_look():
+    process = Process(a=10)
+    process.join("a")
+    process.publish("a", 3)
+    process.fetched.clear()
+    placement = process.place(process.subscribe("ab"))
+    assert (process.offsets(placement.cursor), process.fetched) == ({"a": 3}, [])
+
+
+def test_a_place_says_where_all_channels_are():
+    process = Process(a=10, b=10)
+    process.publish("a", 3, missed=True)
+    placement = process.place(process.subscribe("bap"))
+    assert process.offsets(placement.cursor) == {"a": 3, "b": 0}
+
+
+def test_who_comes_back_keeps_the_id_that_it_has():
+    process = Process(a=10)
+    process.publish("a", 3, missed=True)
+    for offset in range(4):
+        subscription = process.subscribe("a")
+        placement = process.place(subscription, process.at(a=offset))
+        assert placement == (False, None, {})
+        assert process.all_of(subscription) == [f"a{number}" for number in range(offset + 1, 4)]
+
+
+def test_who_comes_back_to_a_process_that_knows_nothing_has_it_fetched_once():
+    process = Process(a=1000)
+    process.publish("a", 500, missed=True)
+    subscription = process.subscribe("a")
+    asked = {}
+    assert process.hub.place(subscription, process.at(a=450), 0.0, asked) is None
+    assert asked == {subscription.audience.tracks[0]: process.hub.needs["a"]}
+    [(channel, lowest)] = process.fetch()
+    assert channel == "a"
+    assert lowest <= 450
+    assert process.hub.place(subscription, process.at(a=450), 0.0, asked) is not None
+    assert process.hub.needs == {}
+    assert process.all_of(subscription) == [f"a{number}" for number in range(451, 501)]
+
+
+def test_all_who_come_back_at_once_cost_one_look():
+    process = Process(a=1000)
+    process.publish("a", 500, missed=True)
+    several = [(process.subscribe("a"), process.at(a=offset), {}) for offset in range(400, 500)]
+    for subscription, positions, asked in several:
+        assert process.hub.place(subscription, positions, 0.0, asked) is None
+    assert len(process.fetch()) == 1
+    for subscription, positions, asked in several:
+        assert process.hub.place(subscription, positions, 0.0, asked) == (False, None, {})
+        assert process.all_of(subscription) == [f"a{number}" for number in range(positions["a"].offset + 1, 501)]
+    assert process.fetch() == []
+
+
+def test_an_event_that_comes_between_the_look_and_the_answer_is_not_lost():
+    """Of a channel of which nothing is known yet."""
+    process = Process(a=10)
+    process.publish("a", 6, missed=True)
+    subscription, asked = process.subscribe("a"), {}
+    assert process.hub.place(subscription, process.at(a=5), 0.0, asked) is None
+    looks = process.begin()
+    process.publish("a")
+    process.end(looks)
+    assert process.hub.place(subscription, process.at(a=5), 0.0, asked) == (False, None, {})
+    assert process.all_of(subscription) == ["a6", "a7"]
+
+
+def test_of_several_channels_all_that_is_needed_is_fetched_at_once():
+    process = Process(a=10, b=10)
+    process.publish("a", 6, missed=True)
+    process.publish("b", 6, missed=True)
+    process.join("b")
+    process.fetched.clear()
+    subscription = process.subscribe("ab")
+    placement = process.place(subscription, process.at(a=3, b=4))
+    assert placement == (False, None, {})
+    assert [channel for channel, _ in process.fetched] == ["a", "b"]
+    assert process.all_of(subscription) == ["a4", "a5", "a6", "b5", "b6"]
+
+
+def test_who_has_no_position_of_ours_is_unknown_and_begins_at_the_end():
+    process = Process(a=10, b=10)
+    process.publish("a", 3, missed=True)
+    subscription = process.subscribe("ab")
+    placement = process.place(subscription, {})
+    assert (placement.is_first, placement.resets) == (False, {"unknown": ["A", "B"]})
+    assert process.offsets(placement.cursor) == {"a": 3, "b": 0}
+    process.publish("b")
+    assert process.all_of(subscription) == ["b1"]
+
+
+def test_who_has_a_position_of_some_channels_goes_on_there_and_is_unknown_elsewhere():
+    process = Process(a=10, b=10)
+    process.publish("a", 3, missed=True)
+    process.publish("b", 3, missed=True)
+    subscription = process.subscribe("ab")
+    placement = process.place(subscription, process.at(a=1))
+    assert placement.resets == {"unknown": ["B"]}
+    assert process.offsets(placement.cursor) == {"a": 1, "b": 3}
+    assert process.all_of(subscription) == ["a2", "a3"]
+
+
+def test_a_position_of_a_channel_that_is_not_granted_is_ignored():
+    process = Process(a=10, b=10)
+    process.publish("b", 3, missed=True)
+    subscription = process.subscribe("a")
+    assert process.place(subscription, process.at(a=0, b=0)) == (False, None, {})
+    assert process.all_of(subscription) == []
+    assert process.hub.channels == ["a"]
+
+
+def test_who_has_missed_what_is_gone_is_told_and_begins_at_the_end():
+    process = Process(a=3, b=10)
+    old = process.at(a=0, b=0)
+    process.publish("a", 9, missed=True)
+    process.publish("b", 3, missed=True)
+    subscription = process.subscribe("ab")
+    placement = process.place(subscription, old)
+    assert (placement.is_first, placement.resets) == (False, {"expired": ["A"]})
+    assert process.offsets(placement.cursor) == {"a": 9, "b": 0}
+    assert process.all_of(subscription) == ["b1", "b2", "b3"]
+
+
+def test_who_comes_from_an_epoch_that_has_ended_is_told():
+    process = Process(a=10)
+    process.publish("a", 5, missed=True)
+    old = process.at(a=3)
+    process.flush()
+    process.publish("a", 2, missed=True)
+    subscription = process.subscribe("a")
+    placement = process.place(subscription, old)
+    assert placement.resets == {"epoch": ["A"]}
+    assert process.CURSORS.decode(placement.cursor, "a") == process.at(a=2)
+    assert process.all_of(subscription) == []
+
+
+def test_who_is_told_of_several_channels_is_told_once_for_each_reason():
+    process = Process(a=2, b=2, c=2, d=2)
+    old = process.at(a=0, b=0, c=0)
+    for channel in "ab":
+        process.publish(channel, 9, missed=True)
+    process.timelines["c"].flush()
+    placement = process.place(process.subscribe("abcd"), old)
+    assert placement.resets == {"expired": ["A", "B"], "epoch": ["C"], "unknown": ["D"]}
+
+
+def test_a_process_that_lags_looks_before_it_tells_somebody_that_something_is_gone():
+    process = Process(a=10)
+    process.join("a")
+    process.publish("a", 3)
+    process.publish("a", 3, missed=True)
+    subscription = process.subscribe("a")
+    assert process.place(subscription, process.at(a=5)) == (False, None, {})
+    assert process.all_of(subscription) == ["a6"]
+
+
+def test_a_process_that_lags_by_an_epoch_looks_before_it_tells_somebody_that_something_is_gone():
+    process = Process(a=10)
+    process.publish("a", 100, missed=True)
+    other = process.join("a")
+    process.flush()
+    process.publish("a", 4, missed=True)
+    subscription = process.subscribe("a")
+    assert process.place(subscription, process.at(a=4)) == (False, None, {})
+    assert process.all_of(subscription) == []
+    assert process.seen(other.take())[:1] == [("epoch", "A")]
+
+
+def test_what_is_too_old_is_not_recent_any_more_for_who_comes_back():
+    process = Process(a=10, ttl=60)
+    process.join("a")
+    process.publish("a", 3)
+    process.now = 60.0
+    subscription = process.subscribe("a")
+    assert process.place(subscription, process.at(a=1)).resets == {"expired": ["A"]}
+    assert process.place(process.subscribe("a"), process.at(a=3)) == (False, None, {})
+
+
+def test_what_is_too_old_here_and_not_for_the_broker_is_fetched():
+    process = Process(a=10, ttl=60)
+    process.join("a")
+    process.publish("a", 3)
+    process.now = 50.0
+    process.publish("a", 1, missed=True)
+    process.now = 70.0
+    subscription = process.subscribe("a")
+    assert process.place(subscription, process.at(a=1)) == (False, None, {})
+    assert process.all_of(subscription) == ["a2", "a3", "a4"]
+
+
+def test_who_has_seen_the_last_event_before_all_were_too_old_has_missed_nothing_but_the_next():
+    process = Process(a=10, ttl=60)
+    process.publish("a", 1, missed=True)
+    process.now = 100.0
+    before = process.at(a=0), process.at(a=1)
+    process.publish("a", 1, missed=True)
+    subscription = process.subscribe("a")
+    assert process.place(subscription, before[1]) == (False, None, {})
+    assert process.all_of(subscription) == ["a2"]
+    assert process.place(process.subscribe("a"), before[0]).resets == {"expired": ["A"]}
+
+
+def test_history_is_for_the_channels_that_have_it():
+    process = Process(a=10)
+    subscription = process.subscribe("pq")
+    assert subscription.audience.tracks == ()
+    process.publish_unkept("p", "p1", id="its own")
+    assert [event.id for event, _ in subscription.take()] == ["its own"]
+    assert process.hub.needs == {}
+
+
+def test_channels_with_history_need_cursors():
     hub = Hub()
-    subscription = subscribe(hub, "a", max_events=4)
-    assert publish(hub, "a", "1", "2").crowded == []
-    assert not subscription.crowded
-    assert publish(hub, "a", "3").crowded == [subscription]
-    assert subscription.crowded
+    hub.subscribe("a", **BOUNDS, histories={"a": History("a", 10, 60)})
+    with pytest.raises(AssertionError, match="cursors"):
+        hub.id_of({"a": Position(1, 1, 1)})
 
 
-def test_a_subscription_is_crowded_with_more_than_half_of_its_bytes():
+def test_listeners_of_a_channel_follow_it_together():
+    process = Process(a=10, b=10)
+    one, other, both = process.join("a"), process.join("a", max_events=5), process.join("ba")
+    process.publish("a", 2)
+    for subscription in (one, other, both):
+        assert process.seen(subscription.take()) == ["a1", "a2"]
+    process.publish("a", 2, missed=True)
+    process.hub.refresh("a")
+    assert process.fetch() == [("a", 2)]
+    for subscription in (one, other, both):
+        assert process.seen(subscription.take()) == ["a3", "a4"]
+
+
+def test_an_event_that_is_in_no_history_is_heard_and_told_of():
+    process = Process(a=10)
+    one, other = process.join("a"), process.join("ap")
+    outcome = process.publish_unkept("a", "unkept")
+    assert outcome.unkept == ["a"]
+    assert process.seen(one.take()) == process.seen(other.take()) == ["unkept"]
+    assert process.publish("a").unkept == []
+    assert process.publish_unkept("p", "p1").unkept == []
+    assert process.publish_unkept("nobody", "p1").unkept == []
+
+
+def test_an_event_of_a_channel_without_history_is_heard_though_it_says_where_it_is():
+    """Another process has another idea of what has history."""
     hub = Hub()
-    subscription = subscribe(hub, "a", max_bytes=8)
-    assert publish(hub, "a", "1234").crowded == []
-    assert publish(hub, "a", "5").crowded == [subscription]
-    subscription.take(1)
-    assert not subscription.crowded
-
-
-def test_a_slow_subscription_is_not_reported_as_crowded_until_it_has_caught_up():
-    hub = Hub()
-    subscription = subscribe(hub, "a", max_events=4)
-    assert publish(hub, "a", "1", "2", "3").crowded == [subscription]
-    subscription.slow = True
-    assert publish(hub, "a", "4").crowded == []
-    assert len(subscription.take()) == 4
-    assert subscription.slow  # a slow client takes all that waits, too
-    assert subscription.take() == []
-    assert not subscription.slow
-    assert publish(hub, "a", "5", "6", "7").crowded == [subscription]
-
-
-# --- several at once ---
-
-
-def advance(*subscriptions, max_bytes=1000):
-    return subscriptions[0].audience.advance(subscriptions, max_bytes)
-
-
-def test_what_several_get_is_the_same_bytes_for_all_at_one_place():
-    hub = Hub()
-    early = [subscribe(hub, "a") for _ in range(3)]
-    publish(hub, "a", "1")
-    late = [subscribe(hub, "a") for _ in range(2)]
-    publish(hub, "a", "2", "3")
-    chunks, more = advance(early[0], late[0], early[1], late[1], early[2])
-    assert chunks == [b"123", b"23", b"123", b"23", b"123"]
-    assert chunks[0] is chunks[2] is chunks[4]
-    assert chunks[1] is chunks[3]
-    assert more is False
-    publish(hub, "a", "4")
-    chunks, _ = advance(*early, *late)
-    assert chunks == [b"4"] * 5
-    assert [texts(each.take()) for each in early + late] == [[]] * 5
-
-
-def test_a_single_event_is_given_to_several_as_the_very_frame():
-    hub = Hub()
-    one, two = subscribe(hub, "a"), subscribe(hub, "a")
-    frame = b"frame"
-    hub.publish("a", Event("", "1"), frame)
-    chunks, _ = advance(one, two)
-    assert chunks[0] is chunks[1] is frame
-
-
-def test_several_that_have_all_get_nothing():
-    hub = Hub()
-    one, two = subscribe(hub, "a"), subscribe(hub, "a")
-    assert advance(one, two) == ([b"", b""], False)
-    publish(hub, "a", "1")
-    one.take()
-    assert advance(one, two) == ([b"", b"1"], False)
-
-
-@pytest.mark.parametrize("max_bytes", [*range(1, 8), 60])
-def test_several_are_given_no_more_after_the_event_that_makes_it_the_bytes_asked_for(max_bytes):
-    hub = Hub()
-    one, two, alone = [subscribe(hub, "a") for _ in range(3)]
-    publish(hub, "a", "12", "34", "56")
-    left = True
-    while left:
-        expected = texts(alone.take(max_bytes=max_bytes))
-        left = len(alone) > 0
-        assert advance(one, two, max_bytes=max_bytes) == ([b"".join(text.encode() for text in expected)] * 2, left)
-    assert len(one) == len(two) == 0
-
-
-def test_an_event_above_the_bytes_asked_for_is_given_to_several_alone():
-    hub = Hub()
-    one = subscribe(hub, "a")
-    publish(hub, "a", "1", "23456", "7", "8")
-    assert advance(one, max_bytes=2) == ([b"123456"], True)
-    publish(hub, "a", "90123")
-    assert advance(one, max_bytes=2) == ([b"78"], True)
-    assert advance(one, max_bytes=2) == ([b"90123"], False)
-
-
-@pytest.mark.parametrize("first", ["late", "early"])
-def test_there_is_more_for_several_when_more_waits_for_one_of_them(first):
-    hub = Hub()
-    early = subscribe(hub, "a")
-    publish(hub, "a", "12")
-    late = subscribe(hub, "a")
-    publish(hub, "a", "34")
-    both, order = ([late, early], 1) if first == "late" else ([early, late], -1)
-    assert advance(*both, max_bytes=2) == ([b"34", b"12"][::order], True)
-    assert advance(*both, max_bytes=2) == ([b"", b"34"][::order], False)
-
-
-def test_a_slow_one_among_several_is_left_to_itself():
-    hub = Hub()
-    one, slow, two = [subscribe(hub, "a") for _ in range(3)]
-    slow.slow = True
-    publish(hub, "a", "1", "2")
-    assert advance(one, slow, two)[0] == [b"12", None, b"12"]
-    assert texts(slow.take()) == ["1", "2"]
-    publish(hub, "a", "3")
-    assert advance(one, slow, two)[0] == [b"3", None, b"3"]
-    assert texts(slow.take()) == ["3"]
-    assert slow.take() == []
-    publish(hub, "a", "4")
-    assert advance(one, slow, two)[0] == [b"4", b"4", b"4"]
-
-
-def test_those_that_have_ended_get_with_others_what_waits_and_nothing_more():
-    hub = Hub()
-    full = subscribe(hub, "a", max_events=2)
-    publish(hub, "a", "1")
-    ended, cleared, other = [subscribe(hub, "a", max_events=2) for _ in range(3)]
-    publish(hub, "a", "2")
-    ended.end("finished")
-    cleared.end("client", clear=True)
-    for each in (ended, cleared):
-        hub.remove(each)
-    publish(hub, "a", "3")
-    assert full.ended == "overflow"
-    assert advance(full, ended, cleared, other) == ([b"12", b"2", b"", b"23"], False)
-    publish(hub, "a", "4")
-    assert advance(full, ended, cleared, other) == ([b"", b"", b"", b"4"], False)
-
-
-def test_what_was_given_to_several_counts_as_taken_and_makes_room():
-    hub = Hub()
-    one, two = [subscribe(hub, "a", max_events=2, max_bytes=4) for _ in range(2)]
-    for _ in range(5):
-        publish(hub, "a", "12", "34")
-        assert advance(one, two)[0] == [b"1234"] * 2
-    assert one.events == two.events == 10
-    assert (one.ended, two.ended) == (None, None)
-
-
-def test_bytes_count_as_taken_with_others_only_if_they_were():
-    hub = Hub()
-    one, two = subscribe(hub, "a"), subscribe(hub, "a")
-    publish(hub, "a", "123", "4")
-    one.take(1)
-    advance(one, two)
-    publish(hub, "a", "5678")
-    two.take()
-    publish(hub, "a", "9")
-    one.end("shutdown")
-    advance(one, two)
-    assert (one.bytes_alike, two.bytes_alike) == (6, 5)
-    publish(hub, "a", "dropped")
-    two.end("client", clear=True)
-    assert two.bytes_alike == 5
-
-
-# --- what it costs ---
-
-
-class Looked(dict):
-    """An audience's subscriptions, and how often somebody has gone through them."""
-
-    looks = 0
-
-    def __iter__(self):
-        self.looks += 1
-        return super().__iter__()
-
-    keys = items = values = copy = None
-
-
-@pytest.mark.parametrize(
-    ("bounds", "size"),
-    [({"max_events": 100, "max_bytes": 10**6}, 1), ({"max_events": 10**6, "max_bytes": 500}, 5)],
-    ids=["events", "bytes"],
-)
-@pytest.mark.parametrize("slow", [False, True], ids=["quick", "slow"])
-def test_bounds_are_looked_at_once_in_half_a_mailbox(bounds, size, slow):
-    """And so publishing touches no subscription but then, however many there are: 100 events are a mailbox."""
-    hub = Hub()
-    subscriptions = [subscribe(hub, "a", **bounds) for _ in range(3)]
-    audience = subscriptions[0].audience
-    audience.subscriptions = Looked(audience.subscriptions)
-    for subscription in subscriptions:
-        share(subscription, lambda: None)
-        subscription.slow = slow
-    looks = 0
-    for number in range(1000):
-        outcome = publish(hub, "a", "x" * size)
-        assert (outcome.crowded, outcome.overflowed) == ([], [])
-        for subscription in subscriptions:
-            subscription.take()
-        if audience.subscriptions.looks > looks:
-            looks += 1
-            assert audience.subscriptions.looks == looks
-        if number == 0:
-            assert looks <= 1
-    assert looks <= 1000 / 50 + 1
-
-
-def test_bounds_are_looked_at_once_for_a_slow_client_that_fills_its_mailbox():
-    hub = Hub()
-    slow, other = [subscribe(hub, "a", max_events=1000, max_bytes=10_000) for _ in range(2)]
-    slow.slow = True
-    audience = slow.audience
-    audience.subscriptions = Looked(audience.subscriptions)
-    for number in range(1000):
-        assert publish(hub, "a", str(number)).overflowed == []
-        other.take()
-    assert audience.subscriptions.looks <= 3
-    assert publish(hub, "a", "one too many").overflowed == [slow]
-    assert texts(slow.take()) == [str(number) for number in range(1000)]
-
-
-class Thing:
-    """Stands for an event: something that can be seen to be freed."""
-
-
-def publish_thing(hub, channel="a"):
-    thing = Thing()
-    hub.publish(channel, thing, b"frame")
-    return weakref.ref(thing)
-
-
-@pytest.fixture
-def _no_collector():
-    """What is freed is freed at once, and not when the collector comes."""
-    gc.disable()
-    yield
-    gc.enable()
-
-
-def ends_for_good(hub, subscription):
-    subscription.end("client", clear=True)
-    hub.remove(subscription)
-
-
-def ends_with_what_waits(hub, subscription):
-    subscription.end("shutdown")
-    hub.remove(subscription)
-
-
-def overflows(hub, subscription):
-    for _ in range(11):
-        hub.publish("a", Thing(), b"frame")
-    assert subscription.ended == "overflow"
-
-
-def is_removed(hub, subscription):
-    hub.remove(subscription)
-
-
-WAYS_TO_END = [ends_for_good, ends_with_what_waits, overflows, is_removed]
-
-
-@pytest.mark.usefixtures("_no_collector")
-@pytest.mark.parametrize("waiting", [0, 1, 5])
-@pytest.mark.parametrize("end", WAYS_TO_END)
-def test_a_subscription_that_has_ended_keeps_nothing_that_is_published_later(end, waiting):
-    hub = Hub()
-    ended, other = subscribe(hub, "a"), subscribe(hub, "a", max_events=100)
-    neighbour = subscribe(hub, "a")
-    for _ in range(waiting):
-        publish_thing(hub)
-    neighbour.take()
-    end(hub, ended)
-    for _ in range(3):
-        neighbour.take()
-        later = publish_thing(hub)
-        assert later() is not None
-    for _ in range(2):  # what was published last may be kept
-        publish_thing(hub)
-        neighbour.take()
-        other.take()
-    assert later() is None
-
-
-@pytest.mark.usefixtures("_no_collector")
-def test_a_subscription_that_has_ended_keeps_what_waits_until_that_is_taken():
-    hub = Hub()
-    ended = subscribe(hub, "a")
-    waiting = [publish_thing(hub) for _ in range(3)]
-    ended.end("shutdown")
-    hub.remove(ended)
-    assert None not in [thing() for thing in waiting]
-    assert [event for event, _ in ended.take(2)] == [thing() for thing in waiting[:2]]
-    assert waiting[0]() is None
-    ended.end("client", clear=True)
-    assert [thing() for thing in waiting] == [None] * 3
-
-
-@pytest.mark.usefixtures("_no_collector")
-@pytest.mark.parametrize("how", ["take", "advance"])
-def test_the_log_keeps_what_somebody_still_has_to_take_and_nothing_else(how):
-    hub = Hub()
-    behind, quick = subscribe(hub, "a"), subscribe(hub, "a")
-
-    def take(subscription, count):
-        if how == "take":
-            subscription.take(count)
-        else:
-            advance(subscription, max_bytes=count * len(b"frame"))
-
-    things = [publish_thing(hub) for _ in range(6)]
-    take(quick, 6)
-    assert None not in [thing() for thing in things]
-    for taken in range(1, 7):
-        take(behind, 1)
-        assert [thing() is None for thing in things] == [True] * taken + [False] * (6 - taken)
-
-
-@pytest.mark.usefixtures("_no_collector")
-def test_what_is_published_where_nobody_waits_for_it_any_more_is_freed():
-    hub = Hub()
-    thing = publish_thing(hub)
-    assert thing() is None
-    subscription = subscribe(hub, "a")
-    thing = publish_thing(hub)
-    ends_for_good(hub, subscription)
-    assert thing() is None
-
-
-@pytest.mark.parametrize("end", ["taken", "cleared", "dropped"])
-def test_a_long_log_is_freed_without_recursion(end):
-    hub = Hub()
-    subscription = subscribe(hub, "a", max_events=200_000, max_bytes=10**9, claimed=False)
-    other = subscribe(hub, "a", max_events=200_000, max_bytes=10**9, claimed=False)
-    event = Event("", "")
-    for _ in range(100_000):
-        hub.publish("a", event, b"")
-    assert len(other.take()) == 100_000
-    assert len(subscription) == 100_000
-    if end == "taken":
-        assert len(subscription.take()) == 100_000
-    elif end == "cleared":
-        subscription.end("shutdown")
-        other.end("shutdown")
-        subscription.end("client", clear=True)
-        assert subscription.take() == []
+    subscription = subscribe(hub, "p")
+    hub.publish("p", *item("text"), Position(1, 1, 1), 0.0)
+    assert [*subscription.take()] == [item("text")]
+
+
+# --- with history: what the owner is told to fetch ---
+
+
+def test_what_is_needed_is_said_once():
+    process = Process(a=10, b=10)
+    process.subscribe("ab")
+    process.hub.refresh("a")
+    process.hub.refresh("b")
+    assert set(process.hub.needs) == {"a", "b"}
+    wants, wake = process.hub.begin_fetch()
+    assert [(want.track.channel, want.track.history) for want in wants] == [*process.histories.items()]
+    assert wake == []
+    assert process.hub.needs == {}
+    assert process.hub.begin_fetch() == ([], [])
+
+
+def test_a_channel_that_nobody_listens_to_is_not_refreshed():
+    process = Process(a=10)
+    process.hub.refresh("a")
+    process.hub.remove(process.join("p"))
+    process.hub.refresh("p")
+    assert process.hub.needs == {}
+
+
+def test_nothing_is_needed_of_a_channel_that_nobody_listens_to_any_more():
+    process = Process(a=10, b=10)
+    subscription, other = process.join("ab"), process.join("b")
+    process.hub.refresh("a")
+    process.hub.refresh("b")
+    assert process.hub.remove(subscription) == ["a"]
+    assert [*process.hub.needs] == ["b"]
+    assert process.hub.remove(other) == ["b"]
+    assert process.hub.begin_fetch() == ([], [])
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_found_when_nobody_listens_any_more_is_nothing(again):
+    """Nor is it for one who has come since, and is not known to have been subscribed when the broker was asked."""
+    process = Process(a=10)
+    subscription = process.join("a")
+    process.hub.refresh("a")
+    looks = process.begin()
+    process.hub.remove(subscription)
+    process.publish("a", 2, missed=True)
+    if again:
+        subscription = process.subscribe("a")
+        assert process.hub.place(subscription, None, 0.0, {}) is None
+    assert process.end(looks) == []
+    if again:
+        placement = process.place(subscription, None)
+        assert process.offsets(placement.cursor) == {"a": 2}
     else:
-        subscription.end("shutdown")
-        hub.remove(subscription)
-        del subscription, other, hub
-    gc.collect()
+        assert process.hub.channels == []
+
+
+def test_what_failed_for_a_channel_that_nobody_listens_to_any_more_is_not_needed():
+    process = Process(a=10)
+    subscription = process.join("a")
+    process.hub.refresh("a")
+    wants, _ = process.hub.begin_fetch()
+    process.hub.remove(subscription)
+    process.hub.give_back(wants)
+    assert process.hub.needs == {}
+    process.subscribe("a")
+    process.hub.give_back(wants)
+    assert process.hub.needs == {}
+
+
+def test_what_failed_is_needed_again():
+    process = Process(a=10, b=10)
+    subscription = process.join("ab", max_events=10)
+    process.publish("a", 3)
+    process.publish("b", 3)
+    process.publish("a", 1, missed=True)
+    process.hub.refresh("a")
+    process.hub.refresh("b")
+    wants, _ = process.hub.begin_fetch()
+    process.hub.give_back(wants)
+    assert process.fetch() == [("a", 3), ("b", 3)]
+    assert process.all_of(subscription)[-1] == "a4"
+
+
+def test_what_was_fetched_comes_out_in_slices(monkeypatch):
+    monkeypatch.setattr(track, "SLICE", 2)
+    process = Process(a=10)
+    subscription = process.join("a", max_events=10)
+    process.publish("a", 5, missed=True)
+    process.hub.refresh("a")
+    [(want, past)] = process.begin()
+    assert process.hub.apply(want, past, 0.0) == Outcome()
+    assert subscription.take() == []
+    rung = []
+    for expected, more in (["a1", "a2"], True), (["a3", "a4"], True), (["a5"], False):
+        outcome, left = process.hub.go_on(want, 0.0)
+        assert left == more
+        rung += woken(outcome)
+        assert process.seen(subscription.take()) == expected
+    assert rung == [subscription] * 3
+
+
+def test_what_is_fetched_crowds_and_overflows_as_what_comes_live():
+    process = Process(a=100)
+    one, plain = process.join("a", max_events=4), process.join("ap", max_events=4)
+    process.publish("a", 60, missed=True)
+    process.hub.refresh("a")
+    [(want, past)] = process.begin()
+    outcome = process.hub.apply(want, past, 0.0)
+    outcome, _ = process.hub.go_on(want, 0.0)
+    assert outcome.behind == [one]
+    assert outcome.ended == [plain]
+    assert set(outcome.crowded) == {one, plain}
+    assert process.all_of(one) == [f"a{number}" for number in range(1, 61)]
+
+
+def test_what_is_fetched_may_leave_nobody_listening():
+    process = Process(a=100)
+    process.join("ap", max_events=4)
+    process.publish("a", 60, missed=True)
+    process.hub.refresh("a")
+    [(want, past)] = process.begin()
+    process.hub.apply(want, past, 0.0)
+    outcome, more = process.hub.go_on(want, 0.0)
+    assert (outcome.idle, more) == (["a", "p"], False)
+    assert process.hub.channels == []
+
+
+def test_recent_events_of_all_channels_together_are_bounded(monkeypatch):
+    monkeypatch.setattr(hub_module, "RECENT_BYTES", 40 * 1024)
+    process = Process(a=1000, b=1000)
+    subscription = process.join("ab", max_events=10_000, max_bytes=10**9)
+    for number in range(200):
+        process.publish("ab"[number % 2])
+    sizes = [each.size for each in subscription.audience.tracks]
+    assert sum(sizes) <= 45 * 1024
+    assert min(sizes) > 0
+    assert len(subscription) == 200
+    process.fetched.clear()
+    again = process.subscribe("ab")
+    assert process.place(again, process.at(a=0, b=0)) == (False, None, {})
+    assert len(process.all_of(again)) == 200
+    assert len(process.fetched) >= 2
+
+
+def test_recent_events_take_a_bounded_part_of_a_process():
+    assert hub_module.RECENT_BYTES <= 64 * 1024 * 1024
 
 
 # --- all of it at once ---
@@ -887,7 +730,7 @@ class HubAgainstLists(RuleBasedStateMachine):
     def publish(self, channel, size):
         self.published += 1
         text = str(self.published).rjust(size, ".")
-        wake, crowded, overflowed, gone = [], [], [], []
+        wake, crowded, ended, gone = [], [], [], []
         listeners = list(self.listeners.get(channel, []))
         for client in listeners:
             if client.abandoned is not None:
@@ -897,7 +740,7 @@ class HubAgainstLists(RuleBasedStateMachine):
                 client.ended = "overflow"
                 gone.append(client)
                 if client.claimed:
-                    overflowed.append(client)
+                    ended.append(client)
                 continue
             if client.alert and client.claimed:
                 wake.append(self.known[client])
@@ -918,7 +761,7 @@ class HubAgainstLists(RuleBasedStateMachine):
         idle = [channel for client in gone for channel in self.forget(client)]
         assert Counter(woken(outcome)) == Counter(wake)
         assert Counter(outcome.crowded) == Counter(self.known[client] for client in crowded)
-        assert Counter(outcome.overflowed) == Counter(self.known[client] for client in overflowed)
+        assert Counter(outcome.ended) == Counter(self.known[client] for client in ended)
         assert Counter(outcome.idle) == Counter(idle)
 
     @rule(client=clients, limit=st.none() | st.integers(0, 3), max_bytes=st.none() | st.integers(1, 12))
@@ -1034,3 +877,546 @@ class HubAgainstLists(RuleBasedStateMachine):
 
 TestHubAgainstLists = HubAgainstLists.TestCase
 TestHubAgainstLists.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
+
+
+# --- all of it at once, with history: one broker, several processes, several clients ---
+
+#: So many stories are told, in so many parts: none may take too long on a busy machine.
+EXAMPLES = 10_000 if os.environ.get("CI", "").lower() in ("1", "true", "yes") else 1_000
+PARTS = 10
+
+KEPT = {"a": History("a", 3, 100), "b": History("b", 8, 60)}
+CURSORS = Cursors([b"key"])
+GARBAGE = ["", "garbage", "1", Cursors([b"other"]).encode({"a": Position(1, 1, 1)}), CURSORS.encode({})]
+
+
+class Worker:
+    """A process: its hub, the connection on which it receives, and what it does about what the hub needs."""
+
+    def __init__(self, machine):
+        self.machine = machine
+        self.hub = Hub(CURSORS)
+        self.connected = True
+        #: Channels that the broker sends it.
+        self.heard = set()
+        #: What is on its way: calls that are made in this order.
+        self.arriving = deque()
+        self.fetches_begun = 0
+        self._fetch = iter(())
+        self.failing = None
+
+    def receives(self, channel, call):
+        if self.connected and channel in self.heard:
+            self.arriving.append(call)
+
+    def cut(self):
+        self.connected = False
+        self.arriving.clear()
+
+    def reconnect(self):
+        self.connected = True
+        self.heard = set(self.hub.channels)
+        for channel in self.hub.channels:
+            self.arriving.append(partial(self.hub.refresh, channel))
+
+    def hears(self, channel, event, frame, position=None):
+        self.follow(self.hub.publish(channel, event, frame, position, self.machine.now))
+
+    def follow(self, outcome):
+        for wake in outcome.wake:
+            wake()
+        for subscription in outcome.ended:
+            subscription.wake()
+        self.heard.difference_update(outcome.idle)
+
+    def fetch_on(self):
+        """Do one step of a fetch; return whether there was one."""
+        if next(self._fetch, None) is None:
+            self._fetch = self._fetching()
+            return next(self._fetch, None) is not None
+        return True
+
+    def _fetching(self):
+        wants, wake = self.hub.begin_fetch()
+        number = self.fetches_begun = self.fetches_begun + 1
+        for each in wake:
+            each()
+        refused = set()
+        if wants:
+            yield "begun"
+            if self.failing == "all":
+                self.failing = None
+                self.hub.give_back(wants)
+                refused.update(self.hub.channels)
+                wants = []
+            pasts = []
+            for want in wants:
+                pasts.append(self.machine.timelines[want.track.channel].past(want.lowest, self.machine.now))
+                yield "read"
+            for want, past in zip(wants, pasts, strict=True):
+                if self.failing == want.track.channel:
+                    self.failing = None
+                    self.hub.give_back([want])
+                    refused.add(want.track.channel)
+                    continue
+                self.follow(self.hub.apply(want, past, self.machine.now))
+                more = True
+                while more:
+                    yield "applied"
+                    outcome, more = self.hub.go_on(want, self.machine.now)
+                    self.follow(outcome)
+        for client in self.machine.clients:
+            if client.worker is self and client.waits_for is not None and client.waits_for < number:
+                if refused.isdisjoint(client.channels):
+                    client.place()
+                else:
+                    client.leave()
+                yield "placed"
+
+
+class Browser:
+    """A client, and what it has seen: in order, once, and nothing missing, or a word that it is gone."""
+
+    def __init__(self, machine, channels, max_events, max_bytes, resets_itself, shared):
+        self.machine = machine
+        self.channels = channels
+        self.kept = [channel for channel in channels if channel in KEPT]
+        self.bounds = {"max_events": max_events, "max_bytes": max_bytes}
+        self.resets_itself = resets_itself
+        self.shared = shared
+        self.last_id = None
+        #: Where it is, by channel, as its last id says.
+        self.at = {}
+        self.worker = None
+
+    def connect(self, worker, last_id, at_once):
+        self.worker = worker
+        self.last_id = last_id
+        self.opened = False
+        # Channels of which it was told that something is gone, since the last id.
+        self._told = set()
+        # What was sent to it, and has not arrived.
+        self._sent = deque()
+        # Events that cannot be had again, which it is to see.
+        self._passing = deque()
+        self._may_overflow = len(self.kept) < len(self.channels)
+        self._asked = {}
+        self.waits_for = None
+        self.awake = True
+        hub = worker.hub
+        self.subscription, first = hub.subscribe(
+            self.channels, **self.bounds, histories={channel: KEPT[channel] for channel in self.kept}
+        )
+        self.subscription.ends_on_reset = self.resets_itself
+        worker.heard.update(first)
+        if first or worker.arriving and not at_once:
+            worker.arriving.append(partial(self.received, self.subscription))
+        else:
+            self.place()
+
+    def received(self, subscription):
+        """All channels are being received."""
+        if self.subscription is subscription:
+            self.place()
+
+    def place(self):
+        self.waits_for = None
+        if self.subscription.ended is not None:
+            self.check_end()
+            self.leave()
+            return
+        positions = None if self.last_id is None else CURSORS.decode(self.last_id, self.channels)
+        placement = self.worker.hub.place(self.subscription, positions, self.machine.now, self._asked)
+        if placement is None:
+            self.waits_for = self.worker.fetches_begun
+            return
+        self.opened = True
+        assert placement.is_first == (positions is None)
+        if positions is None:
+            assert placement.resets == {}
+            self.at = {}
+        else:
+            unknown = [channel for channel in self.kept if channel not in positions]
+            assert placement.resets.get("unknown", []) == unknown
+            for channel in unknown:
+                self.at.pop(channel, None)
+            for reason, channels in placement.resets.items():
+                assert reason == "unknown" or all(self.at[channel].justifies(reason) for channel in channels)
+        assert (placement.cursor is None) == (positions is not None and not placement.resets)
+        for reason, channels in placement.resets.items():
+            self._sent.append({"event": "stream-reset", "data": reset_event(channels, reason).data})
+        if placement.cursor is not None:
+            self._sent.append({"id": placement.cursor})
+        if self.shared:
+            self.subscription.shared = True
+            self.subscription.audience.waiting.pop(self.subscription, None)
+            self.subscription.audience.bells[self.wake] = None
+
+    def wake(self):
+        self.awake = True
+
+    def is_to_see(self, text):
+        """An event that cannot be had again has come to its process."""
+        self._may_overflow = True
+        if self.opened and self.subscription.ended is None:
+            self._passing.append(text)
+
+    def take(self, limit=None, max_bytes=None):
+        """Take what waits, as its stream would; what was taken before has arrived by then."""
+        self.see_all()
+        if not self.opened or not self.awake:
+            return
+        subscription = self.subscription
+        subscription.wake = self.wake
+        if self.shared:
+            [chunk], _ = subscription.audience.advance([subscription], max_bytes or 1000)
+            if chunk is not None:
+                self._sent.extend(blocks(chunk))
+                self.awake = bool(chunk)
+                if chunk or subscription.ended is None:
+                    return
+        ended = subscription.ended
+        taken = subscription.take(limit, max_bytes)
+        for event, frame in taken:
+            assert frame == encode(event)
+            self._sent.extend(blocks(frame))
+        if not taken and ended is not None:
+            self.check_end()
+            self.leave()
+            return
+        self.awake = subscription.ended is not None or bool(taken) and not subscription.drained
+
+    def check_end(self):
+        ended = self.subscription.ended
+        if ended == "overflow":
+            assert self._may_overflow
+        else:
+            assert ended == "reset"
+            assert self.resets_itself
+            assert not self.opened or any(
+                self.at[channel].justifies(reason) for channel in self.kept for reason in ("epoch", "expired")
+            )
+
+    def leave(self, seen=None):
+        """Lose the connection, when `seen` of what was sent have arrived; `None`: all."""
+        for _ in range(len(self._sent) if seen is None else min(seen, len(self._sent))):
+            self.see(self._sent.popleft())
+        self.subscription.audience.bells.pop(self.wake, None)
+        self.worker.heard.difference_update(self.worker.hub.remove(self.subscription))
+        self.worker = self.subscription = self.waits_for = None
+        self.opened = False
+
+    def see_all(self):
+        while self._sent:
+            self.see(self._sent.popleft())
+
+    def see(self, block):
+        channel = None
+        if block.get("event") == "stream-reset":
+            told = json.loads(block["data"])
+            for each in told["channels"]:
+                assert each in self.kept
+                if told["reason"] != "unknown":
+                    assert self.at[each].justifies(told["reason"]), (self.at[each], told)
+            self._told.update(told["channels"])
+        elif "data" in block:
+            moment = self.machine.moments.get(block["data"])
+            if moment is None:
+                assert "id" not in block
+                assert block["data"] == self._passing.popleft()
+            else:
+                channel = moment.channel
+                assert channel not in self._told
+                assert moment.before.seen is self.at[channel].seen, (self.at[channel], moment)
+                assert "id" in block
+        if "id" in block:
+            self.last_id = block["id"]
+            positions = CURSORS.decode(self.last_id, KEPT)
+            assert set(positions) == set(self.kept)
+            for each, position in positions.items():
+                now = self.machine.timelines[each].moments[position]
+                if each == channel:
+                    assert now is moment
+                elif each in self.at and each not in self._told:
+                    assert now.seen is self.at[each].seen, (now, self.at[each])
+                self.at[each] = now
+            self.at = {each: self.at[each] for each in positions}
+            self._told.clear()
+
+
+def blocks(chunk):
+    return [dict(line.split(": ", 1) for line in block.split("\n")) for block in chunk.decode().split("\n\n")[:-1]]
+
+
+WORKERS = st.integers(0, 1)
+BROWSERS = st.integers(0, 3)
+FEW = st.integers(1, 5)
+SEEDS = st.integers(0, 2**32 - 1)
+#: What happens all the time, and how often.
+USUAL = {
+    **{"publish": 4, "take": 7, "deliver": 4, "fetch": 3, "come back": 3},
+    **{"connect": 1, "cut": 1, "happen": 1},
+}
+ACCIDENTS = ["flush", "save", "restore", "time", "shrink", "fail", "without history"]
+#: Channels, bounds, whether the view has its own way of a reset, and whether it is served with others.
+OPTIONS = st.sampled_from(
+    [
+        *product(["a"], [2, 10], [10_000], [False], [False]),
+        *product(["a", "b", "ab"], [1, 2, 4], [10_000, 150], [False, True], [False, True]),
+        *product(["ba", "ap", "bpa"], [1, 4], [10_000], [False, True], [False, True]),
+    ]
+)
+
+
+class HubsAgainstOneBroker(RuleBasedStateMachine):
+    """Whatever happens in whatever order, every client sees all that is kept in order and once, or hears that it is gone.
+
+    And it hears that only where it is so.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(track, "PENDING", 3)
+        self.patch.setattr(track, "SLICE", 2)
+        self.patch.setattr(track, "FURTHER", 1)
+        self.now = 0.0
+        self.timelines = timelines(KEPT)
+        self.saved = None
+        #: The events that are in a history, by what they say.
+        self.moments = {}
+        self.workers = [Worker(self), Worker(self)]
+        self.clients = []
+        self.published = 0
+
+    @initialize(several=st.tuples(*[OPTIONS] * 4), seed=SEEDS)
+    def there_are(self, several, seed):
+        self.clients = [Browser(self, *options) for options in several]
+        self.a_while_passes(seed)
+
+    def client(self, number):
+        return self.clients[number % len(self.clients)]
+
+    # What clients do
+
+    @rule(number=BROWSERS, which=WORKERS, seen=st.none() | st.integers(0, 3), patient=st.booleans())
+    def comes_back(self, number, which, seen=None, patient=True):
+        """After it has lost its connection, if it had one, having seen so many of the events that were sent."""
+        client = self.client(number)
+        if client.worker is not None:
+            client.leave(seen)
+        self._connect(client, which, client.last_id, patient)
+
+    @rule(
+        number=BROWSERS,
+        which=WORKERS,
+        last_id=st.sampled_from([None, *GARBAGE]),
+        channels=st.sampled_from(["a", "ab", ""]),
+    )
+    def comes_anew(self, number, which, last_id, channels):
+        """With an id that is none, or with its own one for other channels."""
+        client = self.client(number)
+        if client.worker is not None:
+            client.leave()
+        if channels:
+            client.channels, client.kept = channels, list(channels)
+            last_id = client.last_id
+        self._connect(client, which, last_id, True)
+
+    def _connect(self, client, which, last_id, patient):
+        worker = self.workers[which]
+        if worker.connected:
+            client.connect(worker, last_id, at_once=not patient)
+            while patient and client.worker is worker and not client.opened:
+                if worker.arriving:
+                    worker.arriving.popleft()()
+                else:
+                    worker.fetch_on()
+
+    @rule(number=BROWSERS, limit=st.none() | st.integers(1, 3), max_bytes=st.none() | st.integers(1, 200))
+    def takes(self, number, limit=None, max_bytes=None):
+        if self.client(number).worker is not None:
+            self.client(number).take(limit, max_bytes)
+
+    @rule(number=BROWSERS, seen=st.integers(0, 5))
+    def leaves(self, number, seen):
+        if self.client(number).worker is not None:
+            self.client(number).leave(seen)
+
+    # What is published
+
+    @rule(
+        channel=st.sampled_from("aab"),
+        count=FEW,
+        delivered=st.booleans(),
+        readable=st.sampled_from([True, True, True, False]),
+    )
+    def publish(self, channel, count, delivered=False, readable=True):
+        for _ in range(count):
+            self.published += 1
+            text = str(self.published) if readable else None
+            moment = self.timelines[channel].publish(text, self.now)
+            if readable:
+                self.moments[text] = moment
+                for worker in self.workers:
+                    worker.receives(channel, partial(worker.hears, channel, *item(text), moment.position))
+        if delivered:
+            for which in (0, 1):
+                self.deliver(which, 100)
+
+    def publish_without_history(self, channel):
+        self.published += 1
+        event, frame = item(f"p{self.published}", "an id")
+        for worker in self.workers:
+            worker.receives(channel, partial(self._passes, worker, channel, event, frame))
+
+    def _passes(self, worker, channel, event, frame):
+        for client in self.clients:
+            if client.worker is worker and channel in client.channels:
+                client.is_to_see(event.data)
+        worker.hears(channel, event, frame)
+
+    # What processes do
+
+    @rule(which=WORKERS, count=FEW)
+    def deliver(self, which, count):
+        arriving = self.workers[which].arriving
+        for _ in range(min(count, len(arriving))):
+            arriving.popleft()()
+
+    @rule(which=WORKERS, count=st.integers(1, 8))
+    def fetch(self, which, count):
+        for _ in range(count):
+            self.workers[which].fetch_on()
+
+    # What happens to them
+
+    @rule(which=WORKERS, seen=FEW)
+    def is_cut(self, which, seen):
+        """It receives some of what is on its way, and nothing until it is connected again."""
+        self.deliver(which, seen - 1)
+        worker = self.workers[which]
+        worker.cut()
+        for client in self.clients:  # those that were to be told that their channels are received
+            if client.worker is worker and not client.opened and client.waits_for is None:
+                client.leave()
+
+    @rule(which=WORKERS)
+    def is_connected(self, which):
+        if not self.workers[which].connected:
+            self.workers[which].reconnect()
+
+    @rule(
+        what=st.sampled_from(ACCIDENTS),
+        which=WORKERS,
+        channel=st.sampled_from("pab"),
+        seconds=st.sampled_from([30, 70, 200]),
+    )
+    def happens(self, what, which, channel, seconds):
+        if what == "flush":
+            for timeline in self.timelines.values():
+                timeline.flush()
+        elif what == "save":
+            self.saved = {channel: timeline.save() for channel, timeline in self.timelines.items()}
+        elif what == "restore" and self.saved is not None:
+            for each, timeline in self.timelines.items():
+                timeline.restore(self.saved[each])
+            for each in (0, 1):
+                self.is_cut(each, 1)
+        elif what == "time":
+            self.now += seconds
+            for timeline in self.timelines.values():
+                timeline.expire(self.now)
+        elif what == "shrink":
+            for each in self.workers[which].hub._tracks.values():
+                each.shrink()
+        elif what == "fail":
+            self.workers[which].failing = {"p": "all"}.get(channel, channel)
+        elif what == "without history":
+            self.publish_without_history(channel)
+
+    @rule(seed=SEEDS)
+    def a_while_passes(self, seed):
+        """Much of what happens all the time."""
+        draw = Random(seed)
+        for what in draw.choices([*USUAL], [*USUAL.values()], k=60):
+            which, number, few = draw.randrange(2), draw.randrange(4), draw.randint(1, 4)
+            match what:
+                case "publish":
+                    self.publish(draw.choice("aab"), few, delivered=draw.random() < 0.5)
+                case "take":
+                    self.takes(number, draw.choice([None, None, 1, 2]))
+                case "deliver":
+                    self.deliver(which, few)
+                case "fetch":
+                    self.fetch(which, few)
+                case "come back":
+                    self.comes_back(number, which, draw.choice([None, None, 0, 1, 2, 3]), draw.random() < 0.7)
+                case "connect":
+                    self.is_connected(which)
+                case "cut":
+                    self.is_cut(which, few)
+                case "happen":
+                    self.happens(draw.choice(ACCIDENTS), which, draw.choice("pab"), draw.choice([30, 70, 200]))
+
+    # What is so whenever all is quiet
+
+    @rule()
+    def settle(self):
+        for worker in self.workers:
+            if not worker.connected:
+                worker.reconnect()
+        for _ in range(100):
+            if not self._does_anything():
+                break
+        else:
+            raise AssertionError("it never becomes quiet")
+        for client in self.clients:
+            if client.worker is not None:
+                assert client.opened
+                assert not client._passing
+                for channel in client.kept:
+                    moment, timeline = client.at[channel], self.timelines[channel]
+                    assert timeline.is_secret or moment.seen is timeline.top.seen, (moment, timeline.top)
+
+    def _does_anything(self):
+        done = False
+        for worker in self.workers:
+            while worker.arriving:
+                worker.arriving.popleft()()
+                done = True
+            waits = any(client.worker is worker and client.waits_for is not None for client in self.clients)
+            for _ in range(1000):
+                if not (worker.fetch_on() or worker.hub.needs or waits):
+                    break
+                waits = False
+                done = True
+            else:
+                raise AssertionError("it never has what it needs")
+        for client in self.clients:
+            if client.worker is not None:
+                done = client.awake and client.opened or bool(client._sent) or done
+                client.take()
+        return done
+
+    def teardown(self):
+        self.patch.undo()
+        if sys.exc_info()[0] is not None:  # what has failed is what is to be told
+            return
+        for channel in KEPT:
+            self.publish(channel, 1)
+        self.settle()
+        for number, client in enumerate(self.clients):
+            if client.worker is None:
+                self.comes_back(number, number % 2)
+        self.settle()
+
+
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.heavy) for part in range(1, PARTS))])
+def test_every_client_sees_all_in_order_and_once_or_hears_that_it_is_gone(part):
+    machine = type("Part", (HubsAgainstOneBroker,), {})
+    if settings().derandomize:  # as in CI: not the same ones in each part
+        machine = seed(part)(machine)
+    run_state_machine_as_test(
+        machine, settings=settings(deadline=None, max_examples=EXAMPLES // PARTS, stateful_step_count=8)
+    )

@@ -23,8 +23,10 @@ from django.conf import settings
 settings.configure(REDIS_SSEQUEUE_CONNECTION_SETTINGS={"location": "memory:"}, INSTALLED_APPS=["django_sse"])
 import django
 django.setup()
+from django_sse.brokers import redis
 from django_sse.redisqueue import RedisQueueView, send_event
 assert RedisQueueView.as_view()
+assert "PUBLISH" in redis._publish.text and "XREVRANGE" in redis._read.text
 print(send_event("greeting", "hello"))
 """
 
@@ -64,7 +66,8 @@ def test_the_wheel_holds_the_package_its_licence_and_nothing_else(wheel):
     metadata = {"METADATA", "RECORD", "WHEEL", "top_level.txt", "licenses/LICENSE"}
     with zipfile.ZipFile(wheel) as archive:
         assert set(archive.namelist()) == files("django_sse") | {f"{STEM}.dist-info/{name}" for name in metadata}
-    assert {"django_sse/py.typed", "django_sse/brokers/redis.py"} <= files("django_sse")
+    scripts = {"django_sse/brokers/publish.lua", "django_sse/brokers/read.lua"}
+    assert {"django_sse/py.typed", "django_sse/brokers/redis.py", *scripts} <= files("django_sse")
 
 
 def test_the_sdist_holds_all_that_is_needed_to_build_and_test(dist):

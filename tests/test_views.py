@@ -685,6 +685,28 @@ def test_the_last_event_id_is_read_as_browsers_send_it(sent, seen):
     assert view.get_last_id() == seen
 
 
+@pytest.mark.parametrize(
+    ("query", "header", "seen"),
+    [
+        ("", None, None),
+        ("?last_event_id=42", None, "42"),
+        ("?last_event_id=%C3%A9%20", None, "é "),
+        ("?last_event_id=", None, ""),
+        ("?last_event_id=1&last_event_id=2", None, "2"),
+        ("?lastEventId=42&LAST_EVENT_ID=42", None, None),
+        # Once the browser has an id, it is younger than that in the URL.
+        ("?last_event_id=42", "43", "43"),
+        ("?last_event_id=42", "", ""),
+    ],
+)
+@pytest.mark.parametrize("method", ["get", "post"])
+def test_a_client_that_cannot_send_the_header_says_the_last_event_id_in_the_query(query, header, seen, method):
+    view = Finite()
+    headers = {} if header is None else {"HTTP_LAST_EVENT_ID": header}
+    view.request = getattr(RequestFactory(), method)("/" + query, **headers)
+    assert view.get_last_id() == seen
+
+
 def test_a_plain_response_of_another_view_is_not_touched():
     class Page(BaseSseView):
         def dispatch(self, request, *args, **kwargs):

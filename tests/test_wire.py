@@ -583,3 +583,20 @@ def test_a_subclass_may_iterate_over_the_buffer_itself_and_flush_it():
     buffer.add_message("a", "b")
     assert list(buffer) == ["retry: 1\n\nevent: a\ndata: b\n\n"]
     assert buffer._buffer == []
+
+
+def test_an_event_is_added_with_its_id_as_one_block():
+    buffer = empty()
+    buffer.add(Event("news", "a\nb", "7"))
+    buffer.add(Event("", "c"))
+    assert list(buffer) == ["id: 7\nevent: news\ndata: a\ndata: b\n\n", "event: \ndata: c\n\n"]
+
+
+@unhurried
+@given(st.lists(EVENTS, max_size=4))
+def test_what_is_added_is_read_back_as_it_was(events):
+    buffer = empty()
+    for event in events:
+        buffer.add(event)
+    assert read(buffer) == expected(*events)
+    assert "".join(buffer).encode() == b"".join(map(encode, events))
