@@ -16,14 +16,18 @@ import pytest
 import redis
 from django.test import override_settings
 
-from django_sse import redisqueue, runtime
-from django_sse.brokers.base import Broker
+from django_sse import hub, recovery, redisqueue, runtime
+from django_sse.brokers import redis as redis_broker
+from django_sse.brokers.base import Broker, Publication
 from django_sse.brokers.memory import MemoryBroker
 from django_sse.brokers.redis import RedisBroker
+from django_sse.cursor import Cursors
 from django_sse.event import encode_payload
 from django_sse.exceptions import BrokerUnavailable
+from django_sse.history import History
 from django_sse.inbox import Inbox
 from django_sse.runtime import Runtime
+from tests.brokers.proxy import Proxy
 from tests.helpers.loops import needs_loops, soon
 from tests.helpers.wait import until
 
@@ -571,6 +575,20 @@ def test_the_last_client_that_overflows_gives_the_channel_back(run, broker, capl
     assert texts(listener.take()) == ["0", "1"]
 
 
+def test_what_comes_in_one_batch_with_an_overflow_reaches_the_others(run, caplog):
+    small = [run.open([channel], max_events=1, max_bytes=1000) for channel in ("a", "b")]
+    for listener in small:
+        listener.mark(slow=True)  # is not waited for
+        listener.wake_by(never)
+    other = run.open(["a", "b", "c"], **BOUNDS)
+    batch = [(channel, payload(f"{channel}{number}")) for number in range(3) for channel in ("a", "b", "c")]
+    run.deliver(batch)
+    assert texts(other.take()) == ["a0", "b0", "c0", "a1", "b1", "c1", "a2", "b2", "c2"]
+    assert [listener.ended for listener in small] == ["overflow", "overflow"]
+    assert [texts(listener.take()) for listener in small] == [["a0"], ["b0"]]
+    assert [line.partition("channel ")[2][:3] for line in logged(caplog, "overflow")] == ["'a'", "'b'"]
+
+
 def test_a_mailbox_is_bounded_in_bytes_as_well(run):
     listener = run.open(["a"], max_events=256, max_bytes=1000)
     run.deliver([("a", payload("x" * 400)) for _ in range(4)])
@@ -727,6 +745,8 @@ def test_reset_ends_every_stream_and_starts_afresh(fresh):
         ("REDIS_SSEQUEUE_CONNECTION_SETTINGS", {"location": "memory:"}),
         ("REDIS_SSEQUEUE_CHANEL_NAME", "a"),
         ("REDIS_SSEQUEUE_CHANNEL_NAME", "a"),
+        ("SECRET_KEY", "another"),
+        ("SECRET_KEY_FALLBACKS", ["older"]),
     ],
 )
 def test_a_changed_setting_of_ours_ends_every_stream(fresh, setting, value):
@@ -863,3 +883,832 @@ def test_a_process_that_ends_has_ended_its_reader_before(redis_server):
     root = Path(__file__).parent.parent
     outcome = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=30)
     assert (outcome.stdout, outcome.stderr) == ("['django-sse-redis']\n[]\n", "")
+
+
+# --- history --------------------------------------------------------------------------------------------------------
+
+CURSORS = Cursors([b"a key"])
+PLENTY = 100_000  # events
+
+
+class Scene:
+    """A runtime, and another process that publishes: where there is but one process, that."""
+
+    def __init__(self, broker, other, size=1000):
+        self.run = Runtime(broker, CURSORS)
+        self.other = other
+        self.size = size
+        self.fetches = []
+        fetch = broker.fetch
+
+        def remembered(channels):
+            self.fetches.append([(channel, lowest) for channel, _, lowest in channels])
+            return fetch(channels)
+
+        broker.fetch = remembered
+
+    def history(self, channel):
+        return History(channel, self.size, 100)
+
+    def publish(self, *texts, channel="a"):
+        history = self.history(channel)
+        return self.other.publish_all([Publication(channel, payload(text), history) for text in texts])
+
+    def open(self, *channels, last=None, plain=(), **options):
+        """Open `channels`, those that are `plain` without history, behind the id or the positions of `last`."""
+        if last is not None and not isinstance(last, str):
+            last = id_of(*last)
+        histories = {channel: self.history(channel) for channel in channels if channel not in plain}
+        return self.run.open(channels, **{**BOUNDS, "histories": histories, "last_id": last, **options})
+
+
+def id_of(*positions):
+    """The id of the last of some positions of channel a."""
+    return CURSORS.encode({"a": positions[-1]})
+
+
+def offset_of(event, channel="a"):
+    return CURSORS.decode(event.id, [channel])[channel].offset
+
+
+def take_until(listener, last, timeout=10):
+    """Take until the data is `last`; return the events."""
+    inbox, got = Inbox(listener), []
+    while not got or got[-1].data != last:
+        taken = inbox.wait(timeout, 1)
+        assert taken, (taken, listener.ended, [event.data for event in got])
+        got += [event for event, _ in taken]
+    return got
+
+
+def take_some(listener, count):
+    inbox, got = Inbox(listener), []
+    while len(got) < count:
+        taken = inbox.wait(10, 1)
+        assert taken, (taken, listener.ended, [event.data for event in got])
+        got += [event for event, _ in taken]
+    return got
+
+
+def data(events):
+    return [event.data for event in events]
+
+
+def numbers(first, last):
+    return [str(number) for number in range(first, last + 1)]
+
+
+@pytest.fixture(params=["memory", "redis"])
+def scene(request, monkeypatch):
+    if request.param == "memory":
+        broker = MemoryBroker()
+        scene = Scene(broker, broker)
+        yield scene
+        scene.run.close()
+        return
+    monkeypatch.setattr(redis_broker, "BACKOFF", (0.01, 0.1))
+    monkeypatch.setattr(recovery, "BACKOFF", (0.01, 0.1))
+    yield from redis_scene(request.getfixturevalue("redis_server"))
+
+
+def redis_scene(server, through=None):
+    """A scene whose runtime reaches Redis through a proxy, where there is one."""
+    server.client().flushall()
+    pools = [redis.ConnectionPool(host="127.0.0.1", port=each.port, retry=None) for each in (through or server, server)]
+    broker, other = [RedisBroker(lambda pool=pool: redis.Redis(connection_pool=pool)) for pool in pools]
+    scene = Scene(broker, other)
+    yield scene
+    scene.run.close()
+    other.close()
+    for pool in pools:
+        pool.disconnect()
+
+
+@pytest.fixture
+def redis_only(redis_server, monkeypatch):
+    monkeypatch.setattr(redis_broker, "BACKOFF", (0.01, 0.1))
+    monkeypatch.setattr(recovery, "BACKOFF", (0.01, 0.1))
+    yield from redis_scene(redis_server)
+
+
+@pytest.fixture
+def cut(redis_server, monkeypatch):
+    """A scene whose network can be cut, and the proxy that does it."""
+    monkeypatch.setattr(redis_broker, "BACKOFF", (0.01, 0.1))
+    monkeypatch.setattr(recovery, "BACKOFF", (0.01, 0.1))
+    with Proxy(redis_server.port) as proxy:
+        for scene in redis_scene(redis_server, proxy):
+            yield scene, proxy
+
+
+def our_recovery():
+    return [thread for thread in threading.enumerate() if thread.name == "django-sse-recovery"]
+
+
+# --- where a client begins ---
+
+
+def test_a_client_that_comes_first_begins_at_the_end_and_is_told_where_that_is(scene):
+    *_, last = scene.publish("1", "2")
+    listener = scene.open("a")
+    assert listener.placement.is_first
+    assert listener.placement.cursor == id_of(last)
+    assert listener.placement.resets == {}
+    assert listener.take() == []
+    scene.publish("3")
+    (event,) = take_until(listener, "3")
+    assert offset_of(event) == 3
+
+
+def test_a_client_that_comes_back_gets_what_it_has_missed_and_then_what_comes(scene):
+    positions = scene.publish(*numbers(1, 20))
+    listener = scene.open("a", last=[positions[4]])
+    assert listener.placement == (False, None, {})
+    scene.publish("21")
+    got = take_until(listener, "21")
+    assert data(got) == numbers(6, 21)
+    assert [offset_of(event) for event in got] == list(range(6, 22))
+
+
+def test_who_has_missed_nothing_gets_nothing_and_is_woken_by_what_comes(scene):
+    *_, last = scene.publish("1", "2")
+    listener = scene.open("a", last=[last])
+    rings = []
+    listener.wake_by(lambda: rings.append(1))
+    assert listener.drained
+    assert rings == []
+    scene.publish("3")
+    until(lambda: rings, what="the ring")
+    assert data(take_until(listener, "3")) == ["3"]
+
+
+def test_who_comes_back_after_somebody_new_gets_what_it_has_missed(scene):
+    """What this process knows begins with the one who was there first."""
+    positions = scene.publish(*numbers(1, 5))
+    first = scene.open("a")
+    listener = scene.open("a", last=[positions[1]])
+    assert listener.placement.resets == {}
+    assert data(take_until(listener, "5")) == ["3", "4", "5"]
+    assert first.take() == []
+
+
+def test_an_id_of_an_event_names_the_place_behind_it(scene):
+    listener = scene.open("a", "b")
+    scene.publish("1")
+    scene.publish("2", channel="b")
+    scene.publish("3")
+    got = take_until(listener, "3")
+    for seen in range(3):
+        again = scene.open("a", "b", last=got[seen].id)
+        assert again.placement.resets == {}
+        assert sorted(data(take_some(again, 2 - seen))) == data(got[seen + 1 :])
+        assert again.take() == []
+
+
+@pytest.mark.parametrize("last", ["", "42", "garbage", "é", "x" * 10_000, "A" * 40])
+def test_an_id_that_is_not_ours_is_a_reset_for_an_unknown_reason(scene, last):
+    scene.publish("1")
+    listener = scene.open("a", "b", last=last)
+    assert listener.placement.resets == {"unknown": ["a", "b"]}
+    assert not listener.placement.is_first
+    assert CURSORS.decode(listener.placement.cursor, ["a"])["a"].offset == 1
+    scene.publish("2")
+    assert data(take_until(listener, "2")) == ["2"]
+
+
+def test_an_id_that_knows_one_of_the_channels_is_a_reset_for_the_other(scene):
+    positions = scene.publish("1", "2")
+    scene.publish("3", channel="b")
+    listener = scene.open("a", "b", last=[positions[0]])
+    assert listener.placement.resets == {"unknown": ["b"]}
+    assert data(take_until(listener, "2")) == ["2"]
+
+
+def test_more_than_the_history_has_is_a_reset_and_not_a_part(scene):
+    scene.size = 10
+    positions = scene.publish(*numbers(1, 40))
+    listener = scene.open("a", last=[positions[28]])
+    assert listener.placement.resets == {"expired": ["a"]}
+    assert listener.take() == []
+    other = scene.open("a", last=[positions[29]])
+    assert data(take_until(other, "40")) == numbers(31, 40)
+
+
+def test_a_channel_without_history_beside_one_that_has_it_is_heard_from_now_on(scene):
+    (first, _) = scene.publish("1", "2")
+    scene.other.publish("plain", payload("before"))
+    listener = scene.open("a", "plain", last=[first], plain=["plain"])
+    scene.other.publish("plain", payload("after"))
+    got = take_until(listener, "after")
+    assert data(got) == ["2", "after"]
+    assert got[1].id is None
+
+
+@pytest.mark.parametrize("others", [False, True], ids=["alone", "while-others-stay"])
+def test_nothing_is_lost_for_whoever_comes_while_events_flow(scene, others):
+    """Between subscription and placement, in every order of what is fetched and what comes."""
+    scene.size = PLENTY
+    stop, failures, rounds = threading.Event(), [], []
+    stays = scene.open("a", max_events=PLENTY, max_bytes=1 << 30) if others else None
+
+    def flow():
+        number = 0
+        while not stop.is_set():
+            # The publisher is alone: the text of an event is its offset.
+            scene.publish(*numbers(number + 1, number + 3))
+            number += 3
+            stop.wait(0.002)
+
+    def come_and_go(seed):
+        chance = random.Random(seed)
+        last = None
+        try:
+            for _ in range(20):
+                listener = scene.open("a", last=last, max_events=chance.choice([4, 64]))
+                placement = listener.placement
+                assert placement.resets == {}
+                assert placement.is_first is (last is None)
+                begin = CURSORS.decode(placement.cursor or last, ["a"])["a"].offset
+                inbox, got = Inbox(listener), []
+                while len(got) < chance.randint(1, 40):
+                    taken = inbox.wait(10)
+                    assert taken, (taken, listener.ended)
+                    got += [event for event, _ in taken]
+                assert data(got) == numbers(begin + 1, begin + len(got))
+                assert [offset_of(event) for event in got] == list(range(begin + 1, begin + len(got) + 1))
+                last = chance.choice([None, got[-1].id, chance.choice(got).id])
+                listener.close()
+                rounds.append(1)
+        except BaseException as error:  # noqa: BLE001  (the test asks for it)
+            failures.append(error)
+
+    flowing = threading.Thread(target=flow)
+    flowing.start()
+    coming = [threading.Thread(target=come_and_go, args=(seed,), daemon=True) for seed in range(6)]
+    for thread in coming:
+        thread.start()
+    for thread in coming:
+        thread.join(60)
+    stop.set()
+    flowing.join(10)
+    assert failures == []
+    assert len(rounds) == 6 * 20
+    assert stays is None or stays.ended is None
+
+
+def test_many_who_come_back_at_one_time_cost_few_looks(scene, monkeypatch):
+    positions = scene.publish(*numbers(1, 50))
+    entered, go_on = threading.Event(), threading.Event()
+    fetch = scene.run.broker.fetch
+
+    def held(channels):
+        entered.set()
+        assert go_on.wait(10)
+        return fetch(channels)
+
+    scene.run.broker.fetch = held
+    got = []
+
+    def come(number):
+        listener = scene.open("a", last=[positions[number]])
+        got.append((number, data(take_until(listener, "50"))))
+
+    coming = [threading.Thread(target=come, args=(number,)) for number in range(30)]
+    for thread in coming:
+        thread.start()
+    assert entered.wait(10)
+    until(lambda: scene.run.stats()["subscriptions"] == 30, what="all of them")
+    go_on.set()
+    for thread in coming:
+        thread.join(30)
+    assert sorted(got) == [(number, numbers(number + 2, 50)) for number in range(30)]
+    assert len(scene.fetches) <= 3
+
+
+def test_what_this_process_knows_is_not_fetched_again(scene):
+    stays = scene.open("a")
+    positions = scene.publish(*numbers(1, 50))
+    scene.publish("51")
+    take_until(stays, "51")
+    scene.fetches.clear()
+    for _ in range(3):
+        assert data(take_until(scene.open("a", last=[positions[9]]), "51")) == numbers(11, 51)
+        assert scene.open("a").placement.is_first
+    assert scene.fetches == []
+
+
+# --- what is missed on the way ---
+
+
+def test_a_subscription_that_is_cut_and_comes_back_misses_nothing(redis_only, redis_server):
+    """And whoever publishes does not stop for it."""
+    scene = redis_only
+    scene.size = PLENTY
+    listener = scene.open("a", max_events=64)
+    stop = threading.Event()
+    count = [0]
+
+    def flow():
+        while not stop.is_set():
+            scene.publish(*numbers(count[0] + 1, count[0] + 3))
+            count[0] += 3
+            stop.wait(0.002)
+
+    flowing = threading.Thread(target=flow)
+    flowing.start()
+    admin = redis_server.client()
+    got = take_until(listener, "9")
+    for _ in range(10):
+        until(lambda: admin.client_kill_filter(_type="pubsub"), what="a connection to cut")
+        got += take_until(listener, str(count[0] + 30))
+    stop.set()
+    flowing.join(10)
+    got += take_until(listener, str(count[0])) if got[-1].data != str(count[0]) else []
+    assert data(got) == numbers(1, count[0])
+
+
+def test_what_came_during_a_cut_is_fetched_though_nothing_comes_after_it(cut):
+    scene, proxy = cut
+    listeners = [scene.open("a", last=last) for last in (None, None)] + [scene.open("a", "b")]
+    scene.publish("before")
+    for listener in listeners:
+        take_until(listener, "before")
+    proxy.refuse()
+    scene.publish(*numbers(1, 200))
+    proxy.admit()
+    for listener in listeners:
+        got = take_until(listener, "200")
+        assert data(got) == numbers(1, 200)
+        assert [offset_of(event) for event in got] == list(range(2, 202))
+        assert listener.ended is None
+
+
+def test_a_cut_without_an_event_costs_one_look_and_nobody_hears_of_it(cut):
+    scene, proxy = cut
+    listeners = [scene.open("a") for _ in range(5)]
+    scene.publish("before")
+    for listener in listeners:
+        take_until(listener, "before")
+    scene.fetches.clear()
+    proxy.refuse()
+    proxy.admit()
+    until(lambda: scene.fetches, what="the look")
+    until(lambda: not our_recovery(), what="its end")
+    assert scene.fetches == [[("a", 1)]]
+    assert [listener.take() for listener in listeners] == [[]] * 5
+
+
+def test_data_that_is_lost_is_a_reset_for_the_streams_that_are_open_and_these_stay_open(cut, redis_server):
+    scene, proxy = cut
+    listener, both = scene.open("a"), scene.open("a", "b")
+    scene.publish(*numbers(1, 3))
+    take_until(listener, "3")
+    take_until(both, "3")
+    proxy.refuse()
+    redis_server.client().flushall()
+    scene.publish("new")
+    proxy.admit()
+    for each, names in ((listener, "a"), (both, "ab")):
+        resets = {}
+        while "".join(sorted(resets)) != names:
+            (event,) = take_some(each, 1)
+            # What came before the reset may be left to whoever fetches the state anew.
+            if event.data != "new":
+                told = json.loads(event.data)
+                assert (event.name, told["reason"]) == ("stream-reset", "epoch")
+                resets.update(dict.fromkeys(told["channels"], event))
+        assert each.ended is None
+    scene.publish("live")
+    for each in (listener, both):
+        got = data(take_until(each, "live"))
+        assert got in (["live"], ["new", "live"])
+    # Who comes back with the reset's id has missed what came after it, and that alone.
+    again = scene.open("a", last=resets["a"].id)
+    assert again.placement.resets == {}
+    assert data(take_until(again, "live"))[-1:] == ["live"]
+
+
+def test_a_view_that_sends_resets_itself_is_ended_by_one_and_woken(cut, redis_server):
+    scene, proxy = cut
+    listener = scene.open("a", ends_on_reset=True)
+    scene.publish("1")
+    take_until(listener, "1")
+    rings = []
+    listener.wake_by(lambda: rings.append(listener.ended))
+    proxy.refuse()
+    redis_server.client().flushall()
+    proxy.admit()
+    until(lambda: listener.ended == "reset", what="the end")
+    until(lambda: "reset" in rings, what="the ring")
+    assert listener.take() == []
+    assert scene.run.stats() == {"channels": 0, "subscriptions": 0}
+    again = scene.open("a", last=CURSORS.encode({}), ends_on_reset=True)
+    assert again.placement.resets == {"unknown": ["a"]}
+    assert again.ended is None
+
+
+def test_a_fetch_that_fails_is_tried_until_it_works(cut, caplog):
+    scene, proxy = cut
+    listener = scene.open("a")
+    scene.publish("before")
+    take_until(listener, "before")
+    fetch, failures = scene.run.broker.fetch, []
+
+    def unwell(channels):
+        if len(failures) < 5:
+            failures.append(1)
+            raise BrokerUnavailable("not now")
+        return fetch(channels)
+
+    scene.run.broker.fetch = unwell
+    proxy.refuse()
+    scene.publish("meanwhile")
+    proxy.admit()
+    assert data(take_until(listener, "meanwhile")) == ["meanwhile"]
+    assert len(failures) == 5
+    assert len(logged(caplog, "not now")) == 1
+
+
+def test_close_ends_the_attempts_to_fetch(scene, monkeypatch):
+    monkeypatch.setattr(recovery, "BACKOFF", (30, 30))
+    listener = scene.open("a")
+    tried = threading.Event()
+
+    def unwell(channels):
+        tried.set()
+        raise BrokerUnavailable("not now")
+
+    scene.run.broker.fetch = unwell
+    scene.run._refresh("a")
+    assert tried.wait(10)
+    scene.run.close()
+    assert listener.ended == "shutdown"
+    until(lambda: not our_recovery(), what="the end of the thread")
+
+
+# --- what cannot be fetched ---
+
+
+def test_who_cannot_be_placed_is_refused_and_leaves_nothing_behind(scene):
+    fetch = scene.run.broker.fetch
+
+    def unwell(channels):
+        raise BrokerUnavailable("not now")
+
+    scene.run.broker.fetch = unwell
+    for last in (None, "garbage"):
+        with pytest.raises(BrokerUnavailable, match="not now"):
+            scene.open("a", "b", last=last)
+        assert scene.run.stats() == {"channels": 0, "subscriptions": 0}
+        assert scene.run._hub.needs == {}
+    scene.run.broker.fetch = fetch
+    assert scene.open("a").placement.is_first
+
+
+def test_a_channel_that_cannot_be_fetched_fails_alone_and_is_complained_of_once(redis_only, redis_server, caplog):
+    scene = redis_only
+    stays = scene.open("bad")
+    scene.publish("1", channel="bad")
+    take_until(stays, "1")
+    redis_server.client().set("django-sse:log:{bad}", "something else")
+    scene.run._refresh("bad")
+    until(lambda: logged(caplog, "'bad'"), what="the complaint")
+    for _ in range(3):
+        good = scene.open("a", last="garbage")
+        assert good.placement.resets == {"unknown": ["a"]}
+        good.close()
+        with pytest.raises(BrokerUnavailable, match="'bad'"):
+            scene.open("a", "bad", last=id_of((1, 0, 0)))
+    assert len(logged(caplog, "'bad'")) == 1
+    assert stays.ended is None
+    redis_server.client().delete("django-sse:log:{bad}")
+    scene.publish("2", channel="bad")
+    # What came while it could not be fetched is gone, or it is not: either is said.
+    until(lambda: "2" in texts(stays.take()), what="the event")
+
+
+def test_redis_that_falls_silent_keeps_those_who_come_back_waiting_no_longer_than_one(cut, monkeypatch):
+    monkeypatch.setattr(redis_broker, "MESSAGE_TIMEOUT", 0.5)
+    scene, proxy = cut
+    stays = scene.open("a")
+    (position,) = scene.publish("1")
+    proxy.silence()
+    proxy.hold()
+    (position,) = scene.publish("2")
+    failures = []
+
+    def come():
+        try:
+            scene.open("a", last=[position], timeout=1)
+        except BrokerUnavailable as error:
+            failures.append(error)
+
+    coming = [threading.Thread(target=come) for _ in range(20)]
+    for thread in coming:
+        thread.start()
+    until(lambda: len(failures) == 20, timeout=5, what="the end of their patience")
+    for thread in coming:
+        thread.join(10)
+    proxy.release()
+    assert stays.ended is None
+
+
+def test_who_is_being_placed_when_the_process_ends_is_ended(scene):
+    entered, go_on = threading.Event(), threading.Event()
+    fetch = scene.run.broker.fetch
+
+    def held(channels):
+        entered.set()
+        assert go_on.wait(10)
+        return fetch(channels)
+
+    scene.run.broker.fetch = held
+    got = []
+    coming = threading.Thread(target=lambda: got.append(scene.open("a")))
+    coming.start()
+    assert entered.wait(10)
+    scene.run.close()
+    go_on.set()
+    coming.join(10)
+    assert not coming.is_alive()
+    assert [(listener.ended, listener.placement) for listener in got] == [("shutdown", None)]
+
+
+# --- those who cannot keep up ---
+
+
+def test_who_cannot_keep_up_is_behind_and_gets_all_of_it_page_by_page(scene, caplog):
+    caplog.set_level(logging.INFO, "django_sse")
+    listener = scene.open("a", max_events=10)
+    fetches = len(scene.fetches)
+    scene.publish(*numbers(1, 200))
+    until(lambda: listener.is_behind, what="the overflow")
+    got = []
+    # Pages as large as half a mailbox, and every one in order.
+    while len(got) < 195:
+        taken = Inbox(listener).wait(10)
+        assert len(taken) <= 10
+        got += [event for event, _ in taken]
+    got += take_until(listener, "200")
+    assert data(got) == numbers(1, 200)
+    assert listener.ended is None
+    scene.publish("201")
+    assert data(take_until(listener, "201")) == ["201"]
+    assert not listener.is_behind
+    assert len(scene.fetches) == fetches, "it is in this process"
+    assert len(logged(caplog, "are behind")) == 1
+    assert logged(caplog, "overflow") == []
+
+
+def test_what_this_process_does_not_keep_is_fetched_for_those_who_are_behind(scene, monkeypatch):
+    monkeypatch.setattr(hub, "RECENT_BYTES", 8000)
+    listener = scene.open("a", max_events=10)
+    fetches = len(scene.fetches)
+    scene.publish(*numbers(1, 300))
+    until(lambda: scene.run._hub._tracks["a"].top.offset == 300, what="their delivery")
+    assert listener.is_behind
+    assert data(take_until(listener, "300")) == numbers(1, 300)
+    assert len(scene.fetches) > fetches
+    assert listener.ended is None
+
+
+def test_what_was_fetched_for_those_who_are_behind_is_theirs_whatever_comes_meanwhile(scene, monkeypatch):
+    """What this process keeps is bounded, and may be forgotten again before they come for it."""
+    monkeypatch.setattr(hub, "RECENT_BYTES", 8000)
+    listener = scene.open("a", max_events=10)
+    scene.publish(*numbers(1, 100))
+    until(lambda: listener.is_behind, what="the overflow")
+    got, last = [], 100
+    while len(got) < last:
+        taken = listener.take()
+        until(lambda: not our_recovery(), what="the end of what is fetched")
+        if last < 400:
+            scene.publish(*numbers(last + 1, last + 30))
+            last += 30
+            watched = scene.run._hub._tracks["a"]
+            until(lambda last=last, watched=watched: watched.top.offset == last, what="their delivery")
+        got += [event for event, _ in taken]
+        assert data(got) == numbers(1, len(got))
+    assert len(got) == last
+
+
+def test_those_who_are_behind_for_longer_than_the_history_lasts_are_told_so(scene):
+    scene.size = 20
+    listener, other = scene.open("a", max_events=10), scene.open("a", "b", max_events=10)
+    scene.publish("0")
+    assert data(take_until(listener, "0")) == ["0"]
+    scene.publish(*numbers(1, 100))
+    until(lambda: listener.is_behind and other.is_behind, what="the overflow")
+    for each in (listener, other):
+        ((reset, _),) = Inbox(each).wait(10)
+        assert (reset.name, json.loads(reset.data)) == ("stream-reset", {"channels": ["a"], "reason": "expired"})
+        assert each.ended is None
+        assert offset_of(reset) == 101
+    scene.publish("end")
+    for each in (listener, other):
+        assert data(take_until(each, "end")) == ["end"]
+
+
+def test_a_view_that_sends_resets_itself_is_ended_when_it_is_found_to_have_missed_too_much(scene):
+    scene.size = 20
+    listener = scene.open("a", max_events=10, ends_on_reset=True)
+    rings = []
+    listener.wake_by(lambda: rings.append(listener.ended))
+    # It is waited for, as it has said that it takes events.
+    listener.mark(slow=True)
+    scene.publish(*numbers(1, 100))
+    until(lambda: listener.is_behind, what="the overflow")
+    until(lambda: listener.ended or not listener.take(), what="the look")
+    until(lambda: listener.take() == [] and listener.ended == "reset", what="the end")
+    assert "reset" in rings
+
+
+def test_a_reset_is_the_end_of_the_inbox_of_who_was_found_to_have_missed_too_much(scene):
+    scene.size = 20
+    listener = scene.open("a", max_events=10, ends_on_reset=True)
+    scene.publish(*numbers(1, 100))
+    until(lambda: listener.is_behind, what="the overflow")
+    assert Inbox(listener).wait(10) is None
+    assert listener.ended == "reset"
+    listener.close()
+    assert listener.ended == "reset"
+    assert scene.run.stats() == {"channels": 0, "subscriptions": 0}
+
+
+def test_a_stream_with_a_channel_that_has_no_history_is_ended_by_an_overflow(scene, caplog):
+    listener = scene.open("a", "plain", plain=["plain"], max_events=10)
+    scene.publish(*numbers(1, 100))
+    until(lambda: listener.ended == "overflow", what="the end")
+    assert texts(listener.take()) == numbers(1, 10)
+
+
+def test_what_is_fetched_after_a_cut_is_paced_as_what_comes_is(cut, monkeypatch):
+    monkeypatch.setattr(runtime, "PATIENCE", 10)
+    monkeypatch.setattr(runtime, "FETCH_PATIENCE", 60)
+    scene, proxy = cut
+    scene.size = PLENTY
+    listener = scene.open("a", "plain", plain=["plain"])  # an overflow would end it
+    scene.publish("0")
+    take_until(listener, "0")
+    proxy.refuse()
+    scene.publish(*numbers(1, 5000))
+    got = []
+    reader = threading.Thread(target=read, args=(listener, 5000, got))
+    reader.start()
+    proxy.admit()
+    reader.join(60)
+    assert got == numbers(1, 5000)
+    assert listener.ended is None
+
+
+def test_a_client_that_does_not_take_what_is_fetched_holds_nobody_up_for_long(cut, monkeypatch):
+    monkeypatch.setattr(runtime, "PATIENCE", 10)
+    monkeypatch.setattr(runtime, "FETCH_PATIENCE", 0)
+    scene, proxy = cut
+    stalled = scene.open("a", "plain", plain=["plain"])
+    scene.publish("0")
+    take_until(stalled, "0")
+    stalled.wake_by(never)
+    proxy.refuse()
+    (*_, last) = scene.publish(*numbers(1, 900))
+    proxy.admit()
+    until(lambda: stalled.ended == "overflow", timeout=5, what="its end")
+    assert data(take_until(scene.open("a", last=[last._replace(offset=0, check=0)]), "900")) == ["0", *numbers(1, 900)]
+
+
+# --- what others publish ---
+
+
+def test_an_event_without_a_position_on_a_channel_with_history_is_heard_and_complained_of_once(scene, caplog):
+    listener = scene.open("a")
+    scene.publish("1")
+    for text in ("2", "3"):
+        scene.other.publish("a", payload(text))
+    scene.other.publish("a", '["", "4", "an id of its own"]')
+    scene.publish("5")
+    got = take_until(listener, "5")
+    assert data(got) == ["1", "2", "3", "4", "5"]
+    assert [event.id is None for event in got] == [False, True, True, True, False]
+    (line,) = logged(caplog, "without a position")
+    assert "'a'" in line
+
+
+def test_a_position_is_no_matter_where_there_is_no_history(run, broker):
+    listener = run.open(["a"], **BOUNDS)
+    broker.publish("a", '["", "1", {"epoch": 1, "offset": 2, "check": 3}]')
+    broker.publish("a", '["", "2", {"of": "others"}]')
+    (first, frame), (second, _) = listener.take()
+    assert (first.data, first.id, frame) == ("1", None, b"event: \ndata: 1\n\n")
+    assert (second.data, second.id) == ("2", None)
+
+
+@pytest.mark.parametrize(
+    "position",
+    [
+        '{"epoch": 1}',
+        '{"epoch": null, "offset": 1, "check": 1}',
+        '{"epoch": 1, "offset": -1, "check": 1}',
+        '{"epoch": 1, "offset": 1.5, "check": 1}',
+        '{"epoch": 1, "offset": 1, "check": 16777216}',
+        '{"epoch": 4294967296, "offset": 1, "check": 1}',
+        '{"epoch": true, "offset": 1, "check": 1}',
+    ],
+)
+def test_a_position_that_is_none_is_no_event(scene, position, caplog):
+    listener = scene.open("a")
+    scene.other.publish("a", f'["", "bad", {position}]')
+    scene.publish("good")
+    assert data(take_until(listener, "good")) == ["good"]
+    assert len(logged(caplog, "is not an event and was skipped")) == 1
+
+
+def test_an_event_that_claims_a_place_it_does_not_have_harms_nobody(scene, caplog):
+    listener = scene.open("a")
+    (first,) = scene.publish("1")
+    for epoch, offset in ((first.epoch, 50), (first.epoch ^ 1, 1), (first.epoch, 1), (first.epoch, 0)):
+        scene.other.publish("a", f'["", "forged", {{"epoch": {epoch}, "offset": {offset}, "check": 7}}]')
+    scene.publish("2")
+    got = take_until(listener, "2")
+    assert data(got) == ["1", "2"]
+    assert listener.ended is None
+
+
+@pytest.mark.parametrize("bad", ["[1, 2, 3, 4]", '["a\\n", "b"]', "[[], []]"])
+def test_what_is_kept_and_is_no_event_is_skipped_by_all(scene, caplog, bad):
+    listener = scene.open("a")
+    scene.publish("1")
+    scene.other.publish("a", bad, scene.history("a"))
+    (third,) = scene.publish("3")
+    got = take_until(listener, "3")
+    assert data(got) == ["1", "3"]
+    assert third.offset == 3
+    assert data(take_until(scene.open("a", last=got[0].id), "3")) == ["3"]
+    assert logged(caplog, "is not an event and was skipped")
+
+
+# --- fork ---
+
+FORK_WITH_HISTORY = """
+    import os, sys
+    import django
+    django.setup()
+    from django_sse import redisqueue, runtime
+    from django_sse.history import History
+    from django_sse.inbox import Inbox
+
+    BOUNDS = {"max_events": 256, "max_bytes": 1000000, "histories": {"a": History("a", 1000, 3600)}}
+
+    def received(listener):
+        taken = Inbox(listener).wait(10)
+        return [event.data for event, _ in taken or []]
+
+    parent = redisqueue._runtime()
+    listener = parent.open(["a"], **BOUNDS)
+    before = redisqueue.send_event("", "before", "a")
+    assert received(listener) == ["before"]
+    redisqueue.cursor("a")
+    # What somebody fetches at the moment of the fork is nobody's in the child.
+    parent._recovery._turn.acquire()
+    pid = os.fork()
+    if not pid:
+        try:
+            child = redisqueue._runtime()
+            mine = child.open(["a"], **BOUNDS, last_id=before)
+            assert (mine.placement.resets == {}) == (sys.argv[1] == "shared")
+            redisqueue.send_event("", "from the child", "a")
+            assert received(mine) == ["from the child"]
+            runtime.reset()
+            os._exit(0)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert status == 0, status
+    parent._recovery._turn.release()
+    if sys.argv[1] == "shared":
+        assert received(listener) == ["from the child"]
+    redisqueue.send_event("", "after", "a")
+    assert received(listener) == ["after"]
+    print("ok")
+"""
+
+
+@pytest.mark.parametrize("kind", ["memory", "redis"])
+def test_a_forked_child_has_no_history_of_its_parents_but_that_in_redis(kind, request):
+    location = "memory:" if kind == "memory" else request.getfixturevalue("redis_server").location
+    outcome = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(FORK_WITH_HISTORY), "shared" if kind == "redis" else "separate"],
+        cwd=Path(__file__).parent.parent,
+        env={
+            **os.environ,
+            "DJANGO_SETTINGS_MODULE": "tests.settings",
+            "TEST_REDIS_LOCATION": location,
+            "TEST_DJANGO_SSE": json.dumps({"HISTORY": {}}),
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout == "ok\n"

@@ -15,6 +15,9 @@ class Proxy:
 
     `pieces`: an iterator of sizes in which bytes reach the client; None: as they come.
     `budget`: bytes that still reach the client before the connections of this moment fall silent; None: no end.
+
+    It cuts the network in two ways, until told otherwise: `hold()` and `release()`, as where packets are dropped that
+    TCP sends again; `refuse()` and `admit()`, as where a host has gone.
     """
 
     def __init__(self, port):
@@ -24,31 +27,51 @@ class Proxy:
         self._upstream = port
         self._mute = set()
         self._pairs = []
-        self._closing = False
+        self._threads = []
+        self._passing = threading.Event()  # clear: held
+        self._passing.set()
         self.port = free_port()
-        self._listener = socket.create_server(("127.0.0.1", self.port))
-        self._threads = [threading.Thread(target=self._accept, daemon=True)]
-        self._threads[0].start()
+        self.admit()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc_info):
+        self.release()
+        self.refuse()
+        for thread in self._threads:
+            thread.join(5)
+        for pair in self._pairs:
+            for sock in pair:
+                sock.close()
+
+    @property
+    def location(self):
+        return f"127.0.0.1:{self.port}"
+
+    def hold(self):
+        """Let nothing through, and lose nothing: what was sent meanwhile arrives later. New connections wait, too."""
+        self._passing.clear()
+
+    def release(self):
+        self._passing.set()
+
+    def refuse(self):
+        """End all connections, and refuse new ones. Not while held."""
         self._closing = True
         with contextlib.suppress(OSError):
             # Wakes the thread that waits in accept(), which closing alone does not.
             socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-        self._threads[0].join(5)
-        for pair in self._pairs:
-            for sock in pair:
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads[1:]:
-            thread.join(5)
+        self._acceptor.join(5)
         self._listener.close()
         for pair in self._pairs:
-            for sock in pair:
-                sock.close()
+            self._end(*pair)
+
+    def admit(self):
+        self._closing = False
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        self._acceptor = threading.Thread(target=self._accept, daemon=True)
+        self._acceptor.start()
 
     def silence(self):
         """The connections there are stay open, and nothing gets through any more; new ones work."""
@@ -60,6 +83,7 @@ class Proxy:
             if self._closing:
                 client.close()
                 return
+            self._passing.wait()
             try:
                 server = socket.create_connection(("127.0.0.1", self._upstream), timeout=5)
             except OSError:
@@ -77,6 +101,7 @@ class Proxy:
     def _to_server(self, client, server):
         with contextlib.suppress(OSError):
             while data := client.recv(65536):
+                self._passing.wait()
                 if client not in self._mute:
                     server.sendall(data)
         self._end(client, server)
@@ -84,6 +109,7 @@ class Proxy:
     def _to_client(self, client, server):
         with contextlib.suppress(OSError):
             while data := server.recv(65536):
+                self._passing.wait()
                 self._forward(client, data)
         self._end(client, server)
 

@@ -1,11 +1,15 @@
 """The embedded broker: what it does beyond the contract."""
 
+import json
 import logging
 import threading
 
 import pytest
 
+from django_sse.brokers import memory
+from django_sse.brokers.base import META_TTL
 from django_sse.brokers.memory import MemoryBroker
+from django_sse.history import History
 from tests.brokers.collector import Collector, our_threads
 
 WARNING = "no client has ever connected"
@@ -100,3 +104,140 @@ def test_one_publisher_at_a_time_delivers(broker):
     first.join(10)
     second.join(10)
     assert got == [("begin", "1"), ("end", "1"), ("begin", "2"), ("end", "2")]
+
+
+# --- history --------------------------------------------------------------------------------------------------------
+
+KEPT = History("news", size=5, ttl=100)
+
+
+class Clock:
+    """A clock that stands still until it is moved on."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def kept(clock):
+    """A broker whose time is `clock`."""
+    broker = MemoryBroker(clock)
+    broker.subscribe("served")
+    return broker
+
+
+def put(broker, text, *, channel="news", key=None):
+    return broker.publish(channel, f'["", "{text}"]', KEPT, key)
+
+
+def past(broker, channel="news"):
+    (past,) = broker.fetch([(channel, KEPT, 0)])
+    return past
+
+
+def kept_texts(broker):
+    return [json.loads(payload)[1] for _, payload in past(broker).events]
+
+
+def test_the_events_of_a_channel_go_together_a_while_after_the_last_one(kept, clock):
+    put(kept, "a")
+    clock.now += 99
+    put(kept, "b", key="key")
+    clock.now += 99.9
+    assert kept_texts(kept) == ["a", "b"]
+    assert put(kept, "b", key="key").offset == 2
+    clock.now += 0.1
+    assert (kept_texts(kept), past(kept).top.offset, past(kept).complete) == ([], 2, True)
+    assert put(kept, "b", key="key").offset == 3
+
+
+def test_a_look_does_not_keep_the_events(kept, clock):
+    put(kept, "a")
+    clock.now += 60
+    past(kept)
+    clock.now += 60
+    assert kept_texts(kept) == []
+
+
+def test_the_count_is_kept_for_long_after_the_last_event_or_look(kept, clock):
+    put(kept, "a")
+    clock.now += META_TTL - 1
+    before = past(kept).top
+    clock.now += META_TTL - 1
+    assert past(kept).top == before
+    clock.now += META_TTL
+    after = past(kept).top
+    assert after.offset == 0
+    assert after.epoch != before.epoch
+
+
+def test_another_broker_counts_anew(kept):
+    assert put(kept, "a").epoch != put(MemoryBroker(), "a").epoch
+
+
+def test_channels_that_nobody_has_used_for_long_are_forgotten_when_there_are_many(monkeypatch, clock):
+    monkeypatch.setattr(memory, "MANY", 3)
+    broker = MemoryBroker(clock)
+    for channel in "abc":
+        put(broker, "old", channel=channel)
+    clock.now += META_TTL / 2
+    put(broker, "young", channel="c")
+    clock.now += META_TTL / 2
+    put(broker, "new", channel="d")
+    assert sorted(broker._kept) == ["c", "d"]
+
+
+def test_events_that_nobody_looks_at_are_forgotten_when_there_are_many_channels(monkeypatch, clock):
+    monkeypatch.setattr(memory, "MANY", 3)
+    broker = MemoryBroker(clock)
+    for channel in "abc":
+        put(broker, "old", channel=channel)
+    clock.now += KEPT.ttl
+    put(broker, "new", channel="d")
+    assert [len(broker._kept[channel]._log) for channel in "abcd"] == [0, 0, 0, 1]
+
+
+def test_many_channels_that_are_in_use_are_not_looked_through_each_time(monkeypatch, clock):
+    monkeypatch.setattr(memory, "MANY", 4)
+    broker = MemoryBroker(clock)
+    looked = []
+    sweep = memory._Kept.expire
+    monkeypatch.setattr(memory._Kept, "expire", lambda self, now: (looked.append(1), sweep(self, now)))
+    for number in range(64):
+        put(broker, "text", channel=str(number))
+    assert len(looked) < 64 * 4
+
+
+def test_a_delivery_may_publish_with_history(broker):
+    broker.subscribe("news")
+    got = []
+
+    def deliver(batch):
+        got.extend(batch)
+        if len(got) == 1:
+            put(broker, "answer")
+
+    broker.deliver = deliver
+    put(broker, "question")
+    events = [json.loads(payload) for _, payload in got]
+    assert [(text, position["offset"]) for _, text, position in events] == [("question", 1), ("answer", 2)]
+
+
+def test_an_event_with_history_for_nobody_ever_is_warned_of_once(broker, caplog):
+    put(broker, "1")
+    put(broker, "2")
+    assert len(warnings(caplog)) == 1
+
+
+def test_a_closed_broker_keeps_the_history_for_whoever_comes_back(kept):
+    put(kept, "a")
+    kept.close()
+    assert kept_texts(kept) == ["a"]

@@ -1,20 +1,26 @@
 """The Redis broker: one supervised connection, on a real Redis, over networks that misbehave."""
 
 import itertools
+import json
 import logging
 import random
+import re
 import shutil
 import subprocess
 import threading
 import time
+from pathlib import Path
+from unittest.mock import MagicMock
 
 import fakeredis
 import pytest
 import redis
 
 from django_sse.brokers import redis as redis_broker
+from django_sse.brokers.base import META_TTL, Publication
 from django_sse.brokers.redis import RedisBroker, RedisUnavailable
 from django_sse.exceptions import BrokerUnavailable
+from django_sse.history import History
 from django_sse.redisqueue import ConnectionPoolManager
 from tests.brokers.collector import Collector, our_threads
 from tests.brokers.proxy import Proxy
@@ -504,6 +510,34 @@ def test_messages_that_arrive_in_pieces_are_whole(proxy, make_broker, admin, cap
     assert not logged(caplog, "is lost")
 
 
+@pytest.mark.skipif(not redis_broker.BOUNDS_READS, reason="this redis-py leaves it to the socket's timeout")
+def test_the_rest_of_a_message_is_not_waited_for_for_ever_whatever_the_clients_timeout(
+    proxy, make_broker_of, admin, monkeypatch, quick_reconnects
+):
+    monkeypatch.setattr(redis_broker, "MESSAGE_TIMEOUT", 0.5)
+    # Of another class than the one that is copied for the reader, so that it keeps its timeout: none.
+    broker = make_broker_of(redis.BlockingConnectionPool(host="127.0.0.1", port=proxy.port, socket_timeout=None))
+    subscribe(broker, "news")
+    proxy.budget = 1000
+    admin.publish("news", "x" * 5000)
+    until(lambda: proxy.accepted == 2, what="a second connection")
+
+
+def test_a_loss_within_a_message_is_told_though_the_client_retries_by_itself(
+    proxy, make_broker, admin, monkeypatch, quick_reconnects, caplog
+):
+    monkeypatch.setattr(redis_broker, "MESSAGE_TIMEOUT", 0.5)
+    retry = redis.retry.Retry(redis.backoff.NoBackoff(), 3)
+    retried = [redis.exceptions.ConnectionError, redis.exceptions.TimeoutError]
+    broker = make_broker(port=proxy.port, retry=retry, retry_on_error=retried)
+    subscribe(broker, "news")
+    proxy.budget = 1000
+    admin.publish("news", "x" * 5000)
+    until(lambda: proxy.accepted == 2, what="a second connection")
+    publish_anew(admin, broker, "news", "after")
+    assert len(logged(caplog, "is lost")) == 1
+
+
 def test_a_burst_in_pieces_is_whole(proxy, make_broker, admin):
     chance = random.Random(1)
     proxy.pieces = iter(lambda: chance.randint(1, 4096), None)
@@ -518,7 +552,55 @@ def test_a_burst_in_pieces_is_whole(proxy, make_broker, admin):
     assert broker.deliver.of("news") == texts
 
 
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_messages_do_not_get_into_a_log_of_redis_py(redis_server, make_broker, caplog, protocol):
+    """Each would be made into a text for it, and may be large; and what is in it may be private."""
+    caplog.set_level(logging.DEBUG)
+    broker = make_broker(port=redis_server.port, protocol=protocol)
+    caplog.set_level(logging.DEBUG, logger="push_response")
+    subscribe(broker, "news")
+    broker.publish("news", "private")
+    broker.deliver.wait_for("news", "private")
+    assert not logged(caplog, "private")
+
+
 # --- deliver --------------------------------------------------------------------------------------------------------
+
+
+def test_what_has_arrived_meanwhile_is_delivered_together(broker, admin):
+    entered, go_on, batches = threading.Event(), threading.Event(), []
+
+    def deliver(batch):
+        batches.append([payload for _, payload in batch])
+        entered.set()
+        assert go_on.wait(TIMEOUT)
+
+    broker.deliver = deliver
+    channels = [f"channel {number}" for number in range(100)]
+    subscribe(broker, *channels)
+    publish(admin, channels[0], "first")
+    assert entered.wait(TIMEOUT)
+    pipeline = admin.pipeline(transaction=False)
+    for channel in channels:
+        pipeline.publish(channel, channel)
+    pipeline.execute()
+    go_on.set()
+    until(lambda: channels[-1].encode() in batches[-1], what="the last event")
+    assert [text for batch in batches[1:] for text in batch] == [channel.encode() for channel in channels]
+    assert max(map(len, batches)) > 50
+
+
+def test_no_batch_is_larger_than_its_bound(broker, admin, monkeypatch):
+    monkeypatch.setattr(redis_broker, "BATCH", 10)
+    collector, sizes = broker.deliver, []
+    broker.deliver = lambda batch: (sizes.append(len(batch)), collector(batch))
+    subscribe(broker, "news")
+    pipeline = admin.pipeline(transaction=False)
+    for number in range(100):
+        pipeline.publish("news", str(number))
+    pipeline.execute()
+    collector.wait_for("news", "99")
+    assert max(sizes) <= 10
 
 
 def test_an_error_of_the_delivery_does_not_end_the_reader(broker, admin, caplog, quick_reconnects):
@@ -615,6 +697,15 @@ def test_it_works_with_clients_of_both_protocols_decoding_or_not(
 
 
 @pytest.mark.parametrize("protocol", [2, 3])
+@pytest.mark.parametrize("decode", [False, True])
+def test_it_works_with_pools_that_are_not_copied_for_the_reader(
+    redis_server, make_broker_of, quick_reconnects, protocol, decode
+):
+    options = {"host": "127.0.0.1", "port": redis_server.port, "protocol": protocol, "decode_responses": decode}
+    works(make_broker_of(redis.BlockingConnectionPool(**options)))
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
 def test_a_dead_connection_is_noticed_in_both_protocols(
     proxy, make_broker, admin, monkeypatch, quick_reconnects, protocol
 ):
@@ -669,6 +760,21 @@ def test_it_works_through_a_unix_socket_and_with_a_password(tmp_path, make_broke
         server.client().config_set("requirepass", "secret")
         for location in (f"unix:{path}", server.location):
             works(make_broker_of(ConnectionPoolManager.connection_pool(location=location, password="secret")))
+
+
+def test_a_client_that_subscribes_again_by_itself_does_not_know_what_was_given_up(redis_server, make_broker_of):
+    pool = redis.BlockingConnectionPool(host="127.0.0.1", port=redis_server.port)
+    pubsub = redis.Redis(connection_pool=pool).pubsub()
+    client = MagicMock()
+    client.pubsub.return_value = pubsub
+    broker = make_broker_of(lambda: client)
+    subscribe(broker, "kept", "left")
+    broker.unsubscribe("left")
+    until(lambda: list(pubsub.channels) == [b"kept"], what="channel kept alone")
+    broker.unsubscribe("kept")
+    until(lambda: not pubsub.subscribed, what="no channel")
+    broker.close()
+    pool.disconnect()
 
 
 def test_a_wrong_password_is_the_reason_that_a_new_client_is_told(redis_server, make_broker):
@@ -813,8 +919,18 @@ def test_what_is_no_message_is_the_connections_error_and_does_not_keep_the_reade
     broker = make_broker_of(lambda: fake)
     subscribe(broker, "news")
     fake.waiting.append("what a mock returns")
-    until(lambda: logged(caplog, "is lost (get_message() returned str"), what="the line that says so")
+    until(lambda: logged(caplog, "is lost (str was received, not a message"), what="the line that says so")
     until(lambda: logged(caplog, "is back"), what="the line that says so")
+
+
+def test_a_mock_in_the_place_of_a_client_does_not_keep_the_reader_busy(make_broker_of, caplog):
+    client = MagicMock()
+    broker = make_broker_of(lambda: client)
+    broker.subscribe("news")
+    with pytest.raises(RedisUnavailable, match="MagicMock was received, not a message"):
+        broker.wait_subscribed(["news"], TIMEOUT)
+    broker.close()
+    assert our_threads() == []
 
 
 def test_an_answer_that_was_not_asked_for_confirms_the_channel_all_the_same(fake, make_broker_of):
@@ -932,3 +1048,470 @@ def test_the_reader_gives_way_after_each_delivery(broker, monkeypatch):
     broker.publish("news", "1")
     broker.deliver.wait_for("news", "1")
     until(lambda: 0 in gave_way, what="sleep(0) after the delivery")
+
+
+# --- history --------------------------------------------------------------------------------------------------------
+
+KEPT = History("news", size=1000, ttl=100)
+META, LOG, KEY = "django-sse:meta:{news}", "django-sse:log:{news}", "django-sse:id:{news}:key"
+
+
+def send(broker, *texts, channel="news", history=KEPT):
+    return [broker.publish(channel, json.dumps(["", text]), history) for text in texts]
+
+
+def several(*texts, channel="news", history=KEPT):
+    return [Publication(channel, json.dumps(["", text]), history) for text in texts]
+
+
+def fetch(broker, lowest=0, *, channel="news", history=KEPT):
+    (past,) = broker.fetch([(channel, history, lowest)])
+    return past
+
+
+def texts_of(past):
+    return [json.loads(payload)[1] for _, payload in past.events]
+
+
+def offsets_of(past):
+    """The offsets of the events, which are all that has come behind the base."""
+    offsets = [position.offset for position, _ in past.events]
+    assert offsets == list(range(past.base.offset + 1, past.top.offset + 1))
+    return offsets
+
+
+class Counted(redis.Connection):
+    """A connection that counts what is sent at once: each time an answer is waited for."""
+
+    trips = 0
+
+    def send_packed_command(self, command, check_health=True):
+        type(self).trips += 1
+        super().send_packed_command(command, check_health)
+
+
+@pytest.fixture
+def trips(redis_server, make_broker):
+    """A broker, and a function that counts the round trips of a call of it."""
+    kind = type("Counted", (Counted,), {})
+    broker = make_broker(port=redis_server.port, connection_class=kind)
+    send(broker, "connects")
+    fetch(broker)
+
+    def count(call, *args):
+        before = kind.trips
+        call(*args)
+        return kind.trips - before
+
+    return broker, count
+
+
+def test_an_event_with_history_is_one_round_trip(trips):
+    broker, count = trips
+    assert count(send, broker, "a") == 1
+
+
+def test_a_thousand_events_are_published_in_two_round_trips(trips, admin):
+    broker, count = trips
+    subscribe(broker, "news")
+    assert count(broker.publish_all, several(*map(str, range(1000)))) == 2
+    until(lambda: len(broker.deliver.of("news")) == 1000, what="1,000 events")
+    assert [json.loads(payload)[1] for payload in broker.deliver.of("news")] == [str(each) for each in range(1000)]
+    assert fetch(broker).top.offset == 1001
+    assert offsets_of(fetch(broker)) == list(range(1, 1002))
+
+
+def test_a_round_trip_has_no_more_bytes_than_are_good_for_it(trips):
+    broker, count = trips
+    assert count(broker.publish_all, several(*["x" * 1024 * 1024] * 9)) == 3
+    assert fetch(broker).top.offset == 10
+
+
+def test_many_channels_are_fetched_in_one_round_trip(trips):
+    broker, count = trips
+    assert count(broker.fetch, [(str(number), KEPT, 0) for number in range(200)]) == 1
+
+
+def test_what_is_fetched_comes_in_pages_and_whole(trips, monkeypatch):
+    broker, count = trips
+    broker.publish_all(several(*(f"{number:0100}" for number in range(100))))
+    monkeypatch.setattr(redis_broker, "PAGE_BYTES", 1000)
+    for lowest, most in ((0, 13), (52, 7), (101, 1), (102, 1)):
+        assert count(fetch, broker, lowest) <= most
+        past = fetch(broker, lowest)
+        assert offsets_of(past) == list(range(lowest + 1, 102))
+        assert texts_of(past)[-1:] == [f"{99:0100}"][: len(past.events)]
+        assert past.complete is (lowest == 0)
+
+
+@pytest.mark.parametrize("page", [1, 60, 1024 * 1024])
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 32, 33])
+def test_no_number_of_events_is_fetched_in_part(broker, monkeypatch, page, count):
+    broker.publish_all(several(*map(str, range(count))))
+    monkeypatch.setattr(redis_broker, "PAGE_BYTES", page)
+    assert texts_of(fetch(broker)) == [str(number) for number in range(count)]
+    assert offsets_of(fetch(broker, count - 1)) == [count]
+    assert fetch(broker, count).top.offset == count
+
+
+def between_pages(monkeypatch, act):
+    """Have `act` called before the second page is read."""
+    run = redis_broker._read.run
+    calls = []
+
+    def second(*args):
+        if not calls:
+            calls.append(act())
+        return run(*args)
+
+    monkeypatch.setattr(redis_broker, "PAGE_BYTES", 100)
+    monkeypatch.setattr(redis_broker._read, "run", second)
+    return calls
+
+
+def test_what_is_trimmed_between_two_pages_is_missing_at_the_beginning_alone(broker, admin, monkeypatch):
+    send(broker, *map(str, range(30)))
+    assert between_pages(monkeypatch, lambda: admin.xtrim(LOG, maxlen=20, approximate=False)) == []
+    past = fetch(broker)
+    # One of those that are left says what the others follow.
+    assert offsets_of(past) == list(range(12, 31))
+
+
+def test_what_is_published_between_two_pages_is_left_for_the_next_time(broker, monkeypatch):
+    send(broker, *map(str, range(30)))
+    called = between_pages(monkeypatch, lambda: send(broker, "later"))
+    past = fetch(broker)
+    assert called
+    assert past.top.offset == 30
+    assert offsets_of(past) == list(range(1, 31))
+
+
+def test_nothing_is_left_of_an_epoch_that_ends_between_two_pages(broker, admin, monkeypatch):
+    send(broker, *map(str, range(30)))
+    before = fetch(broker).top.epoch
+    between_pages(monkeypatch, lambda: (admin.flushall(), send(broker, "new")))
+    past = fetch(broker)
+    assert (past.top.offset, offsets_of(past), past.complete) == (1, [], False)
+    assert past.top.epoch != before
+
+
+def test_before_an_event_that_somebody_has_removed_there_is_nothing(broker, admin):
+    send(broker, *map(str, range(10)))
+    ((id, _),) = admin.xrange(LOG, min="4", max="4")
+    admin.xdel(LOG, id)
+    past = fetch(broker)
+    assert offsets_of(past) == [6, 7, 8, 9, 10]
+    assert not past.complete
+
+
+def test_what_redis_keeps_is_what_the_scripts_say(broker, admin):
+    (position,) = send(broker, "é")
+    broker.publish("news", '["", "b"]', History("news", 7, 50), "key")
+    assert {key.decode() for key in admin.scan_iter()} == {META, LOG, KEY}
+    ((id, fields), _) = admin.xrange(LOG)
+    assert id.decode() == f"{position.offset}-{position.check}"
+    assert fields == {b"payload": json.dumps(["", "é"]).encode()}
+    kept = {name.decode(): int(value) for name, value in admin.hgetall(META).items()}
+    assert (kept["epoch"], kept["offset"]) == (position.epoch, 2)
+    assert 0 < admin.ttl(LOG) <= 50
+    assert 0 < admin.ttl(KEY) <= 50
+    assert META_TTL - 100 < admin.ttl(META) <= META_TTL
+
+
+def test_the_count_outlives_the_events_however_long_these_are_kept(broker, admin):
+    send(broker, "a", history=History("news", 10, 2 * META_TTL))
+    assert META_TTL < admin.ttl(META) <= 2 * META_TTL
+    fetch(broker, history=History("news", 10, 2 * META_TTL))
+    assert META_TTL < admin.ttl(META) <= 2 * META_TTL
+    assert META_TTL < admin.ttl(LOG) <= 2 * META_TTL
+
+
+def test_a_look_keeps_the_count_and_not_the_events(broker, admin):
+    send(broker, "a")
+    admin.expire(META, 10)
+    admin.expire(LOG, 10)
+    fetch(broker)
+    assert admin.ttl(META) > META_TTL - 100
+    assert admin.ttl(LOG) <= 10
+
+
+def test_data_that_is_lost_begins_a_new_epoch(broker, admin):
+    (before,) = send(broker, "a")
+    admin.flushall()
+    (after,) = send(broker, "b")
+    assert after.offset == 1
+    assert after.epoch != before.epoch
+    admin.flushall()
+    assert fetch(broker).top.epoch not in (before.epoch, after.epoch)
+
+
+@pytest.mark.parametrize("look", [True, False])
+def test_events_whose_count_is_lost_are_of_no_epoch(broker, admin, look):
+    send(broker, "a", "b", "c")
+    admin.delete(META)
+    if look:
+        assert offsets_of(fetch(broker)) == []
+    send(broker, "d")
+    past = fetch(broker)
+    assert (past.top.offset, texts_of(past)) == (1, ["d"])
+
+
+def test_a_key_from_an_epoch_that_is_over_is_not_known(broker, admin):
+    for _ in range(3):
+        broker.publish("news", '["", "a"]', KEPT, "key")
+    admin.delete(META, LOG)
+    assert broker.publish("news", '["", "a"]', KEPT, "key").offset == 1
+    assert len(fetch(broker).events) == 1
+
+
+def test_a_key_of_an_event_that_the_history_has_not_come_to_is_not_known(broker, admin):
+    """Where the count was set back, and the key was not."""
+    send(broker, "a", "b")
+    first = broker.publish("news", '["", "c"]', KEPT, "key")
+    admin.hset(META, "offset", 1)
+    admin.delete(LOG)
+    again = broker.publish("news", '["", "c"]', KEPT, "key")
+    assert again.offset == 2
+    assert again != first
+
+
+def test_an_old_state_that_was_restored_and_goes_on_is_seen_by_its_checks(broker, admin):
+    send(broker, "a", "b")
+    saved = {key: admin.dump(key) for key in (META, LOG)}
+    (before,) = send(broker, "lost")
+    for key, value in saved.items():
+        admin.restore(key, 0, value, replace=True)
+    (after,) = send(broker, "instead")
+    assert before[:2] == after[:2]
+    assert before.check != after.check
+
+
+def test_a_size_that_was_changed_holds_from_the_next_event_on(broker):
+    send(broker, *map(str, range(20)))
+    send(broker, "last", history=History("news", 5, 100))
+    assert offsets_of(fetch(broker)) == list(range(17, 22))
+    send(broker, *map(str, range(20)))
+    assert offsets_of(fetch(broker)) == list(range(17, 42))
+
+
+def test_the_scripts_may_be_forgotten_at_any_time(broker, admin, monkeypatch):
+    def forget():
+        admin.script_flush()
+
+    for number in range(3):
+        forget()
+        send(broker, f"{number} alone")
+        forget()
+        broker.publish_all(several(f"{number} a", f"{number} b"))
+        forget()
+        assert fetch(broker).top.offset == 3 * (number + 1)
+    between_pages(monkeypatch, forget)
+    assert offsets_of(fetch(broker)) == list(range(1, 10))
+    assert texts_of(fetch(broker))[:3] == ["0 alone", "0 a", "0 b"]
+
+
+def test_another_program_may_publish_by_the_script(broker, admin):
+    subscribe(broker, "news")
+    text = Path(redis_broker.__file__).with_name("publish.lua").read_text("utf-8")
+    epoch, offset, check = admin.eval(text, 2, META, LOG, "news", '["", "a"]', 10, 100)
+    until(lambda: broker.deliver.of("news"), what="the event")
+    position = {"epoch": epoch, "offset": offset, "check": check}
+    assert json.loads(broker.deliver.of("news")[0]) == ["", "a", position]
+    assert fetch(broker).top._asdict() == position
+
+
+@pytest.mark.parametrize("payload", ["text", "", "[", "]", '{"a": 1}', '"[]"', '["", "a"] ', '["", "a"'])
+def test_the_script_refuses_what_is_no_json_list_and_counts_nothing(broker, admin, payload):
+    with pytest.raises(redis.exceptions.ResponseError, match="the payload must be a JSON list"):
+        broker.publish("news", payload, KEPT)
+    assert admin.keys() == []
+
+
+@pytest.mark.parametrize(("size", "ttl"), [(0, 10), (10, 0), (-1, 10), ("", 10), (10, "x")])
+def test_the_script_refuses_a_history_of_nothing(broker, admin, size, ttl):
+    with pytest.raises(redis.exceptions.ResponseError, match="size and ttl must be 1 or more"):
+        broker.publish("news", '["", "a"]', History("news", size, ttl))
+    assert admin.keys() == []
+
+
+def test_a_payload_that_is_no_text_is_fetched_as_it_is(broker, admin):
+    text = Path(redis_broker.__file__).with_name("publish.lua").read_text("utf-8")
+    for payload in (b'["\\xff"]', b"[\\0]", b"[,]"):
+        admin.eval(text, 2, META, LOG, "news", payload, 10, 100)
+    assert [payload for _, payload in fetch(broker).events] == [b'["\\xff"]', b"[\\0]", b"[,]"]
+
+
+def test_an_event_that_redis_has_no_room_for_is_counted_for_nobody(broker, admin):
+    subscribe(broker, "news")
+    (before,) = send(broker, "a")
+    admin.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(redis.exceptions.ResponseError, match="maxmemory"):
+            send(broker, "b")
+        # What is there can be had all the same.
+        assert texts_of(fetch(broker)) == ["a"]
+    finally:
+        admin.config_set("maxmemory", 0)
+    assert send(broker, "c")[0][:2] == (before.epoch, 2)
+    until(lambda: len(broker.deliver.of("news")) == 2, what="the other events")
+
+
+@pytest.mark.parametrize("key", [META, LOG])
+def test_a_channel_whose_keys_are_something_else_fails_alone(broker, admin, key):
+    send(broker, "a")
+    send(broker, "b", channel="other")
+    admin.set(key, "something else")
+    for _ in range(2):
+        bad, good = broker.fetch([("news", KEPT, 0), ("other", KEPT, 0)])
+        assert isinstance(bad, RedisUnavailable)
+        assert "'news'" in str(bad)
+        assert "WRONGTYPE" in str(bad)
+        assert texts_of(good) == ["b"]
+
+
+def test_keys_of_channels_and_events_of_any_name_are_not_one(broker):
+    names = ["news", "news}:id:", "news}", "{news", "news}:key", ":", "}"]
+    for channel in names:
+        send(broker, "own", channel=channel)
+        for key in ("key", "}:log", "}:meta", "}:id:", ":", "key}"):
+            broker.publish(channel, json.dumps(["", key]), KEPT, key)
+    for channel in names:
+        assert texts_of(fetch(broker, channel=channel)) == ["own", "key", "}:log", "}:meta", "}:id:", ":", "key}"]
+
+
+def test_a_key_that_is_something_else_is_an_error_for_the_publisher(broker, admin):
+    admin.set(META, "something else")
+    with pytest.raises(redis.exceptions.ResponseError, match="WRONGTYPE"):
+        send(broker, "a")
+    assert admin.get(META) == b"something else"
+
+
+@pytest.mark.parametrize("allowed", ["", "+publish +eval +evalsha +script|load"])
+def test_what_the_scripts_may_not_do_is_an_error_that_says_so(redis_server, make_broker, admin, allowed):
+    commands = ["-@all", "+ping", "+client", "+hello", *allowed.split()]
+    admin.acl_setuser("limited", enabled=True, nopass=True, commands=commands, keys=["*"], channels=["*"])
+    broker = make_broker(port=redis_server.port, username="limited", password="any")
+    try:
+        for call in (lambda: send(broker, "a"), lambda: broker.publish_all(several("a", "b"))):
+            with pytest.raises(redis.exceptions.ResponseError, match="permission|can't run"):
+                call()
+        assert isinstance(fetch(broker), RedisUnavailable)
+        assert re.search("'news' cannot be fetched: .*(permission|can't run)", str(fetch(broker)))
+    finally:
+        admin.acl_deluser("limited")
+    assert admin.keys() == []
+
+
+def test_the_rights_that_the_documentation_names_are_enough(redis_server, make_broker, admin):
+    documentation = (Path(__file__).parents[2] / "docs" / "history.rst").read_text("utf-8")
+    ((sentence),) = re.findall(r"An ACL user needs(.+?)\.\s", documentation, re.DOTALL)
+    for_history = [f"+{name}" for name in re.findall("``([a-z|]+)``", sentence)]
+    assert "``~django-sse:*``" in sentence
+    rights = "+ping +client +hello +publish +subscribe +unsubscribe"
+    admin.acl_setuser(
+        "limited",
+        enabled=True,
+        nopass=True,
+        commands=["-@all", *rights.split(), *for_history],
+        keys=["django-sse:*"],
+        channels=["news"],
+    )
+    broker = make_broker(port=redis_server.port, username="limited", password="any")
+    try:
+        subscribe(broker, "news")
+        send(broker, "a")
+        broker.publish_all(several("b", "c"))
+        assert texts_of(fetch(broker)) == ["a", "b", "c"]
+        until(lambda: len(broker.deliver.of("news")) == 3, what="three events")
+        broker.close()
+    finally:
+        admin.acl_deluser("limited")
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("kind", [redis.ConnectionPool, redis.BlockingConnectionPool])
+def test_history_works_with_clients_of_every_kind(redis_server, make_broker_of, kind, decode, protocol):
+    # A pool of another kind is used as it is, by which payloads are fetched as text.
+    options = {"host": "127.0.0.1", "port": redis_server.port, "timeout": 10} if kind.__name__[0] == "B" else {}
+    options = options or {"host": "127.0.0.1", "port": redis_server.port}
+    broker = make_broker_of(kind(**options, decode_responses=decode, protocol=protocol))
+    (first,) = send(broker, "é")
+    second, third = broker.publish_all(several("b", "c"))
+    past = fetch(broker)
+    assert [position for position, _ in past.events] == [first, second, third]
+    assert texts_of(past) == ["é", "b", "c"]
+    assert broker.publish("news", '["", "d"]', KEPT, "é") == broker.publish("news", '["", "d"]', KEPT, "é")
+
+
+def test_of_what_is_published_in_parts_the_error_names_the_rest(make_broker_of, monkeypatch):
+    monkeypatch.setattr(redis_broker, "PIPELINE_EVENTS", 1)
+    sent = []
+
+    class Breaks:
+        def publish(self, channel, payload):
+            if len(sent) == 1:
+                raise redis.exceptions.ConnectionError("gone")
+            sent.append(channel)
+
+    broker = make_broker_of(Breaks)
+    publications = [Publication(channel, "text") for channel in ("a", "b", "c", "b")]
+    with pytest.raises(RedisUnavailable, match="^The event for channel 'b', 'c' was not sent: gone$"):
+        broker.publish_all(publications)
+    assert sent == ["a"]
+
+
+def test_a_history_that_cannot_be_reached_is_unavailable(make_broker, proxy):
+    with pytest.raises(RedisUnavailable, match="The history of 1 channel.* cannot be fetched"):
+        fetch(make_broker(port=free_port()))
+    proxy.budget = 0
+    with pytest.raises(RedisUnavailable, match="cannot be fetched"):
+        fetch(make_broker(port=proxy.port, socket_timeout=0.1))
+
+
+@pytest.mark.parametrize("budget", [1, 5, 50, 500, 5_000, 50_000])
+def test_a_connection_that_is_cut_in_the_middle_of_a_fetch_is_replaced_by_the_next(
+    proxy, make_broker, broker, monkeypatch, budget
+):
+    broker.publish_all(several(*("x" * 100 for _ in range(1000))))
+    monkeypatch.setattr(redis_broker, "PAGE_BYTES", 20_000)
+    cut = make_broker(port=proxy.port, socket_timeout=0.2, retry=None)
+    assert len(fetch(cut).events) == 1000
+    proxy.budget = budget
+    with pytest.raises(RedisUnavailable):
+        fetch(cut)
+    assert len(fetch(cut).events) == 1000
+
+
+def test_what_is_fetched_comes_through_one_connection_that_close_gives_back(broker, admin):
+    def connections():
+        return [client for client in admin.client_list() if client["cmd"].startswith("evalsha")]
+
+    for _ in range(3):
+        fetch(broker)
+    assert len(connections()) == 1
+    broker.close()
+    until(lambda: not connections(), what="the end of the connection")
+    assert fetch(broker).top.offset == 0
+
+
+def test_it_is_said_of_each_channel_when_it_is_received_again(broker, admin, quick_reconnects):
+    said = []
+    broker.resubscribed = said.append
+    subscribe(broker, "one", "two")
+    round_trip(broker, "one")
+    assert said == [], "nothing can have been missed before"
+    admin.client_kill_filter(_type="pubsub")
+    until(lambda: sorted(said) == ["one", "two"], what="both channels")
+    subscribe(broker, "three")
+    assert sorted(said) == ["one", "two"]
+
+
+def test_a_channel_is_received_before_it_is_said_to_be(broker, admin, quick_reconnects):
+    """What is fetched from then on, and what is delivered from then on, leave nothing out."""
+    heard = []
+    broker.resubscribed = lambda channel: heard.append(admin.publish(channel, "now"))
+    subscribe(broker, "news")
+    admin.client_kill_filter(_type="pubsub")
+    until(lambda: heard == [1], what="a publication that is received")
+    broker.deliver.wait_for("news", "now")
