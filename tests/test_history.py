@@ -1,6 +1,7 @@
 """A log of a channel's recent events: what came after a position is all of what it says, or a gap."""
 
 import json
+import weakref
 
 import pytest
 from hypothesis import given, settings
@@ -200,10 +201,29 @@ def test_it_says_roughly_how_many_bytes_it_takes():
     assert log.bytes == 0
 
 
+class Thing:
+    """Something that can be seen to be freed."""
+
+
+def test_what_was_dropped_is_freed_at_once():
+    log = Log(10, 60)
+    log.start(at(0), 0.0)
+    things = []
+    for number in range(1, 50):
+        thing = Thing()
+        things.append(weakref.ref(thing))
+        log.add(at(number), thing, 0.0)
+        del thing
+        assert [each() is None for each in things] == [True] * (number - len(log)) + [False] * len(log)
+    log.shrink()
+    assert [each() is None for each in things] == [True] * 44 + [False] * 5
+
+
 def test_the_space_of_what_was_dropped_is_given_back():
-    log = log_of(1, 1000, size=10)
-    assert len(log._entries) <= 2 * 10 + 1
-    assert [entry for entry in log._entries[: log._first] if entry] == []
+    log = log_of(1, 0, size=10)
+    for number in range(1, 1000):
+        log.add(at(number), f"event {number}", 0.0)
+        assert len(log._entries) <= 2 * 10 + 1
 
 
 # --- what is put before it ---

@@ -1096,6 +1096,22 @@ def test_acursor_and_asend_events_do_not_block_the_loop():
 
 
 @needs_loops
+def test_acursor_leaves_the_thread_of_the_database_to_the_database():
+    threads = []
+
+    async def main():
+        await sync_to_async(lambda: threads.append(threading.get_ident()))()
+        await acursor("room")
+
+    def asked(channels):
+        threads.append(threading.get_ident())
+
+    with mock.patch.object(redisqueue, "cursor", asked):
+        asyncio.run(main())
+    assert len(set(threads)) == 2
+
+
+@needs_loops
 @pytest.mark.parametrize("on_commit", [False, True])
 def test_asend_events_keeps_to_the_thread_of_the_transaction_if_that_matters(on_commit):
     threads = []

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -1387,6 +1388,24 @@ def test_a_channel_that_cannot_be_fetched_fails_alone_and_is_complained_of_once(
     until(lambda: "2" in texts(stays.take()), what="the event")
 
 
+def test_the_error_of_a_channel_keeps_nothing_of_those_who_were_told_of_it(redis_only, redis_server):
+    class Request:
+        pass
+
+    seen = []
+
+    def handle():
+        request = Request()
+        seen.append(weakref.ref(request))
+        with pytest.raises(BrokerUnavailable, match="'bad'"):
+            redis_only.open("bad")
+
+    redis_server.client().set("django-sse:meta:{bad}", "something else")
+    handle()
+    gc.collect()
+    assert [each() for each in seen] == [None]
+
+
 def test_redis_that_falls_silent_keeps_those_who_come_back_waiting_no_longer_than_one(cut, monkeypatch):
     monkeypatch.setattr(redis_broker, "MESSAGE_TIMEOUT", 0.5)
     scene, proxy = cut
@@ -1424,7 +1443,7 @@ def test_who_is_being_placed_when_the_process_ends_is_ended(scene):
 
     scene.run.broker.fetch = held
     got = []
-    coming = threading.Thread(target=lambda: got.append(scene.open("a")))
+    coming = threading.Thread(target=lambda: got.append(scene.open("a")), daemon=True)
     coming.start()
     assert entered.wait(10)
     scene.run.close()

@@ -199,16 +199,53 @@ def test_what_waits_is_bounded_and_what_was_dropped_is_fetched(monkeypatch):
     assert channel.needs == {}
 
 
+def between_slices(channel, past):
+    """Let what was fetched be about to come out."""
+    channel.track.refresh()
+    channel.take(channel.track.fetched(channel.begin(), past, 0.0))
+
+
+def go_on(channel):
+    channel.take(channel.track.go_on(0.0))
+    while channel.track.is_behind:
+        channel.take(channel.track.go_on(0.0))
+
+
+def test_an_event_that_comes_between_slices_with_one_missing_before_it_is_fetched_anew(monkeypatch):
+    monkeypatch.setattr(module, "SLICE", 1)
+    channel = channel_with(1, 1)
+    between_slices(channel, kept(2, 3))
+    channel.live(6)
+    assert channel.needs == {}
+    go_on(channel)
+    assert channel.out() == [2, 3]
+    channel.fetch(kept(4, 6))
+    assert channel.out() == [4, 5, 6]
+
+
 def test_what_had_come_before_a_fetch_is_told_from_what_came_later_though_some_were_dropped(monkeypatch):
+    monkeypatch.setattr(module, "SLICE", 1)
     monkeypatch.setattr(module, "PENDING", 3)
     channel = channel_with(1, 1)
     channel.live(1, 2, 3, epoch=OTHER)
     want = channel.begin()
-    channel.live(2, 3)
-    channel.end(want, kept(2, 2))
-    # The broker has no other epoch: the one event of it that still waits came before it was asked.
+    channel.take(channel.track.fetched(want, kept(2, 3), 0.0))
+    channel.live(6)
+    go_on(channel)
+    # The broker has no other epoch; what came of it before it was asked is of one that is over.
     assert channel.out() == [2, 3]
+    channel.fetch(kept(4, 6))
+    assert channel.out() == [4, 5, 6]
     assert channel.needs == {}
+
+
+def test_what_comes_live_before_it_has_come_out_as_fetched_comes_out_once():
+    channel = channel_with(1, 1)
+    between_slices(channel, kept(2, 4))
+    channel.live(2, 3)
+    assert channel.out() == [2, 3]
+    go_on(channel)
+    assert channel.out() == [4]
 
 
 def test_fetched_events_come_out_in_slices_and_live_ones_wait_for_them(monkeypatch):
