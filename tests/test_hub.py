@@ -1412,6 +1412,7 @@ class HubsAgainstOneBroker(RuleBasedStateMachine):
         self.settle()
 
 
+@pytest.mark.timeout(300)  # seconds; a tenth of that where it is not measured, and nobody else is busy
 @pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.heavy) for part in range(1, PARTS))])
 def test_every_client_sees_all_in_order_and_once_or_hears_that_it_is_gone(part):
     machine = type("Part", (HubsAgainstOneBroker,), {})
