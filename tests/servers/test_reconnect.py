@@ -589,6 +589,7 @@ def test_an_id_is_understood_as_it_was_given_and_in_no_other_form(house, traffic
     (client, *clients) = [traffic.add(Client([house.url], path, one)) for one in (id, *altered(id))]
     traffic.run(lambda: len(client.numbers) >= 5, what="what was missed")
     check_unknown(traffic, channel, clients)
+    traffic.run(lambda: len(client.numbers) >= 6, what="what was published last")
     assert list(client.numbers) == [0, 1, 2, 3, 4, 1000]
     assert client.messages == []
     check_log(house)
