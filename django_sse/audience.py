@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .event import Event
-from .history import Gap, Position, reset_event
-from .track import TOP, Frame, NotFetched, Track, with_id
+from .history import TOP, Gap, Position, reset_event
+from .track import Frame, NotFetched, Track, with_id
 from .wire import encode
 
 __all__ = ["Audience", "Outcome", "Subscription"]

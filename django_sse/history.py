@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from .event import Event
 
-__all__ = ["EPOCH", "EXPIRED", "UNKNOWN", "Gap", "History", "Log", "Past", "Position", "reset_event"]
+__all__ = ["EPOCH", "EXPIRED", "TOP", "UNKNOWN", "Gap", "History", "Log", "Past", "Position", "reset_event"]
 
 #: Why there is a gap. The broker has lost its data, or an older state of it has been restored.
 EPOCH = "epoch"
@@ -21,6 +21,9 @@ EPOCH = "epoch"
 EXPIRED = "expired"
 #: The client has named no position of the channel that could be understood.
 UNKNOWN = "unknown"
+
+#: Above every offset: of a channel, nothing but its end is wanted.
+TOP = 1 << 53
 
 #: Bytes that an event in a log takes beside those of its item, roughly.
 ENTRY_BYTES = 600

@@ -17,8 +17,8 @@ from typing import NamedTuple
 from .audience import Audience, Outcome, Subscription
 from .cursor import Cursors
 from .event import Event
-from .history import History, Past, Position
-from .track import TOP, NotFetched, Step, Track, Want, size_of, with_id
+from .history import TOP, History, Past, Position
+from .track import NotFetched, Step, Track, Want, size_of, with_id
 
 __all__ = ["Hub", "Placement"]
 

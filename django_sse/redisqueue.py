@@ -34,7 +34,7 @@ from .cursor import MAX_CHANNELS, Cursors
 from .database import arelease_idle, release_idle
 from .event import Event, encode_payload, require_utf8
 from .exceptions import BrokerUnavailable
-from .history import History, reset_event
+from .history import TOP, History, reset_event
 from .inbox import Inbox
 from .location import MEMORY, freeze, make_pool
 from .streams import Stream
@@ -144,12 +144,7 @@ def send_event(
     wrong settings, and an exception that is both ``BrokerUnavailable`` and ``redis.exceptions.ConnectionError`` when
     Redis cannot be reached (with ``on_commit``: out of the commit).
     """
-    publications = [_publication(event_name, data, channel, event_id)]
-    broker = _runtime().broker
-    if on_commit:
-        transaction.on_commit(lambda: _publish(broker, publications) and None, using=using)
-        return None
-    return _publish(broker, publications)[0]
+    return _send([_publication(event_name, data, channel, event_id)], on_commit=on_commit, using=using)[0]
 
 
 def send_events(
@@ -165,12 +160,7 @@ def send_events(
     none. Otherwise as ``send_event()``, whose ids are returned in a list. What is wrong with an event is raised before
     any is sent; when Redis fails on the way, the first ones may have been.
     """
-    publications = [_publication(*_event(event, channel)) for event in events]
-    broker = _runtime().broker
-    if on_commit:
-        transaction.on_commit(lambda: _publish(broker, publications) and None, using=using)
-        return [None] * len(publications)
-    return _publish(broker, publications)
+    return _send([_publication(*_event(event, channel)) for event in events], on_commit=on_commit, using=using)
 
 
 async def asend_event(
@@ -214,7 +204,7 @@ def cursor(channels: str | Iterable[str] | None = None) -> str:
             raise ImproperlyConfigured(
                 f'Channel {name!r} has no history, so it has no cursor; set DJANGO_SSE["HISTORY"] for it.'
             )
-    pasts = _runtime().broker.fetch([(channel, history, _TOP) for channel, history in histories.items()])
+    pasts = _runtime().broker.fetch([(channel, history, TOP) for channel, history in histories.items()])
     tops = {}
     for channel, past in zip(histories, pasts, strict=True):
         if isinstance(past, BrokerUnavailable):
@@ -228,8 +218,6 @@ async def acursor(channels: str | Iterable[str] | None = None) -> str:
     return await sync_to_async(cursor, thread_sensitive=False)(channels)
 
 
-#: Above every offset: of a channel's history, nothing but its end is wanted.
-_TOP = 1 << 53
 #: Characters of an event's ``event_id``.
 MAX_EVENT_ID = 200
 
@@ -263,8 +251,13 @@ def _event(event: Sequence[Any], channel: str | None) -> tuple[Any, Any, Any]:
     return event[0], event[1], event[2] if len(event) == 3 and event[2] is not None else channel
 
 
-def _publish(broker: Broker, publications: Sequence[Publication]) -> list[str | None]:
-    positions = broker.publish_all(publications)
+def _send(publications: Sequence[Publication], *, on_commit: bool, using: str | None) -> list[str | None]:
+    """Publish at once, and return the ids; or when the transaction commits."""
+    publish = functools.partial(_runtime().broker.publish_all, publications)
+    if on_commit:
+        transaction.on_commit(publish, using=using)
+        return [None] * len(publications)
+    positions = publish()
     return [
         None if position is None else _cursors().encode({publication.channel: position})
         for publication, position in zip(publications, positions, strict=True)

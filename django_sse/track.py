@@ -12,12 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from typing import Any, NamedTuple
 
 from .event import Event
-from .history import EPOCH, EXPIRED, UNKNOWN, Gap, History, Log, Past, Position
+from .history import EPOCH, EXPIRED, TOP, UNKNOWN, Gap, History, Log, Past, Position
 
-__all__ = ["TOP", "Frame", "NotFetched", "Step", "Track", "Want", "size_of", "with_id"]
+__all__ = ["Frame", "NotFetched", "Step", "Track", "Want", "size_of", "with_id"]
 
-#: Above every offset: of a channel, nothing but its end is wanted.
-TOP = 1 << 53
 #: Events that are kept while those before them are being fetched. More can be fetched as well.
 PENDING = 1000
 #: Fetched events that come out in one go: others shall have the lock, and slow clients a moment.

@@ -27,7 +27,7 @@ from typing import Any
 import redis
 
 from django_sse.exceptions import BrokerUnavailable
-from django_sse.history import History, Past, Position
+from django_sse.history import TOP, History, Past, Position
 
 from .base import FETCH_BYTES, Broker, Payload, Publication
 
@@ -573,7 +573,7 @@ def _first_pages(client: redis.Redis, channels: Sequence[tuple[str, History, int
     with client.pipeline(transaction=False) as pipeline:
         for channel, history, lowest in channels:
             keys = _keys(channel)
-            pipeline.evalsha(_read.sha, len(keys), *keys, (1 << 53) - 1, lowest, PAGE_BYTES, history.ttl)
+            pipeline.evalsha(_read.sha, len(keys), *keys, TOP, lowest, PAGE_BYTES, history.ttl)
         return pipeline.execute(raise_on_error=False)
 
 
