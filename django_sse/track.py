@@ -131,7 +131,8 @@ class Track:
         except Gap as gap:
             if gap.reason == EXPIRED:
                 was_fetched = asked is not None and asked <= position.offset and not self._log.is_shrunk
-                if was_fetched or self._log.complete:
+                # In doubt it may be the log of another past than the one that the client comes from.
+                if was_fetched or (self._log.complete and not self._is_in_doubt):
                     raise
                 # Twice as far back as this one needs: so those who come next from a little before cost few looks.
                 further = max(FURTHER, self.top.offset - position.offset)
@@ -167,7 +168,7 @@ class Track:
     def came(self, position: Position, event: Event, frame: bytes, now: float) -> Iterator[Step]:
         """Take what was delivered live; yield what comes out. ``now``: seconds of a clock that does not go back."""
         top = self.top
-        if top is None or self._doubts != self._settled_doubts:
+        if top is None or self._is_in_doubt:
             self._postpone(position, (event, frame))
         elif _follows(position, top):
             yield from self._come_out(position, (event, frame), now)
@@ -252,6 +253,10 @@ class Track:
 
     # -- how --------------------------------------------------------------------------------------------------------
 
+    @property
+    def _is_in_doubt(self) -> bool:
+        return self._doubts != self._settled_doubts
+
     def _come_out(self, position: Position, frame: Frame | None, now: float) -> Iterator[Step]:
         if frame is not None:
             frame = with_id(*frame, self._make_id(position))
@@ -264,7 +269,7 @@ class Track:
         if len(self._pending) > PENDING:
             del self._pending[0]
             self._pending_before = max(0, self._pending_before - 1)
-        if not self._backlog and self._doubts == self._settled_doubts:
+        if not self._backlog and not self._is_in_doubt:
             self.need(TOP)
             if self.top is not None and position.epoch != self.top.epoch:
                 self.need(max(0, position.offset - FURTHER))

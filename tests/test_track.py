@@ -634,6 +634,15 @@ def test_where_the_broker_has_no_more_there_is_no_need_to_look():
     assert channel.needs == {}
 
 
+def test_after_a_reconnect_there_is_need_to_look_for_it_may_be_the_past_of_another_epoch():
+    channel = channel_with(5, 8, complete=True)
+    channel.track.refresh()
+    assert channel.after(at(2)) is None
+    channel.fetch(kept(1, 1, OTHER, complete=True))
+    assert channel.out() == ["epoch", 1]
+    assert channel.after(at(2), asked=0) == "epoch"
+
+
 def test_that_the_broker_has_no_more_may_come_with_what_is_known_already():
     channel = channel_with(5, 8)
     assert channel.after(at(2)) is None
