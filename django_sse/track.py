@@ -137,7 +137,7 @@ class Track:
                 # Twice as far back as this one needs: so those who come next from a little before cost few looks.
                 further = max(FURTHER, self.top.offset - position.offset)
                 raise self._not_fetched(max(0, position.offset - further)) from None
-            if asked is None and position.epoch not in self._dead:
+            if asked is None and (position.epoch not in self._dead or self._is_in_doubt):
                 # This process may be the one that does not know the latest.
                 raise self._not_fetched(TOP) from None
             self._bury(position.epoch)
@@ -239,12 +239,11 @@ class Track:
                 yield from self._come_out(position, frame, now)
         if self._backlog:
             return
-        pending, self._pending = self._pending, []
-        before, self._pending_before = self._pending_before, 0
-        for number, (position, item) in enumerate(pending):
-            # What had come before the fetch, and still does not fit, is of a time that is over.
-            if number >= before or _follows(position, self.top):
-                yield from self.came(position, *item, now)
+        # What had come before the fetch began is in it, or of a time that is over.
+        pending, self._pending = self._pending[self._pending_before :], []
+        self._pending_before = 0
+        for position, item in pending:
+            yield from self.came(position, *item, now)
 
     @property
     def is_behind(self) -> bool:

@@ -128,11 +128,12 @@ def test_an_event_older_than_all_that_are_known_does_not_come_out():
 
 def test_before_anything_is_known_nothing_comes_out_and_nothing_is_lost():
     channel = Channel()
+    channel.live(4)
+    want = channel.begin()
     channel.live(5, 6)
     assert (channel.out(), channel.track.top) == ([], None)
-    channel.fetch(kept(1, 4))
+    channel.end(want, kept(1, 4))
     assert channel.out() == [5, 6]
-    assert channel.needs == {}
 
 
 def test_what_is_in_the_first_fetch_comes_out_for_nobody():
@@ -147,7 +148,7 @@ def test_an_event_after_a_missing_one_waits_until_that_was_fetched():
     channel = channel_with(1, 3)
     channel.live(5, 6)
     assert channel.out() == []
-    channel.fetch(kept(4, 5))
+    channel.fetch(kept(4, 6))
     assert channel.out() == [4, 5, 6]
     assert channel.needs == {}
     channel.live(7)
@@ -367,10 +368,36 @@ def test_what_comes_live_after_a_reconnect_waits_for_what_was_missed():
 def test_what_comes_live_after_a_reconnect_comes_out_if_it_does_follow():
     channel = channel_with(1, 5)
     channel.track.refresh()
-    channel.live(6, 7)
-    channel.fetch(kept(6, 6))
+    channel.live(6)
+    want = channel.begin()
+    channel.live(7)
+    channel.end(want, kept(6, 6))
     assert channel.out() == [6, 7]
     assert channel.needs == {}
+
+
+def test_what_had_come_before_a_fetch_and_is_not_in_it_does_not_come_out():
+    """An older state of the broker was restored: it does not follow the other events of its numbers."""
+    channel = channel_with(1, 3)
+    channel.track.refresh()
+    channel.live(4, 5, 6)
+    past = kept(4, 5)._replace(top=at(5, check=98))
+    past.events[:] = [(at(4, check=99), item(4)), (at(5, check=98), item(5))]
+    channel.fetch(past)
+    assert channel.out() == [4, 5]
+    assert channel.needs == {}
+
+
+def test_after_a_reconnect_an_epoch_that_had_ended_may_have_come_back():
+    channel = channel_with(5, 5)
+    channel.track.refresh()
+    channel.fetch(kept(1, 1, OTHER))
+    assert channel.out() == ["epoch", 1]
+    assert channel.after(at(5)) == "epoch"
+    channel.track.refresh()
+    assert channel.after(at(5)) is None
+    channel.fetch(kept(5, 6))
+    assert channel.after(at(5), asked=TOP) == [6]
 
 
 def test_what_had_come_before_a_reconnect_without_the_one_before_it_is_not_taken_for_granted():

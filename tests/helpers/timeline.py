@@ -55,6 +55,8 @@ class Timeline:
         #: What is there, oldest first. Of the first, after all have expired, no more than that it was.
         self.kept = []
         self.anchor = None
+        #: What was there when all was lost, and when it would have been too old.
+        self.lost = []
         self._last = 0.0
         #: Whether those who listen cannot know of the present epoch, for nothing has come.
         self.is_secret = False
@@ -88,12 +90,19 @@ class Timeline:
     def expire(self, now):
         if now - self._last >= self.history.ttl:
             self._drop(len(self.kept))
+        # Of what was lost, a process that does not know it yet may still say that it is too old.
+        for until, moments in self.lost:
+            if now >= until:
+                self._mark_dropped(moments)
 
     def _drop(self, count):
-        for moment in self.kept[: max(0, count)]:
-            moment.before.dropped = True
-            moment.dropped = moment.passed
+        self._mark_dropped(self.kept[: max(0, count)])
         del self.kept[: max(0, count)]
+
+    def _mark_dropped(self, moments):
+        for moment in moments:
+            moment.before.dropped = True
+            moment.dropped = moment.dropped or moment.passed
 
     def past(self, lowest, now, room=None):
         """What is kept from the offset `lowest` on; the latest `room` events of it."""
@@ -113,6 +122,7 @@ class Timeline:
         """Lose all."""
         for moment in self.moments.values():
             moment.undone = True
+        self.lost.append((self._last + self.history.ttl, self.kept))
         self.top = self.begin()
         self.kept = []
         self.anchor = None
