@@ -419,7 +419,9 @@ class Audience:
         page: list[tuple[Frame, _Before]] = []
         while not page:
             try:
-                missed, resets = self.missed(behind, subscription._asked, max_events)
+                # Where it is it was told by this process, which may not know of less.
+                asked = dict.fromkeys(self.tracks, TOP) | subscription._asked
+                missed, resets = self.missed(behind, asked, max_events)
             except NotFetched as more:
                 for track, lowest in more.needed.items():
                     subscription._asked[track] = lowest

@@ -22,8 +22,6 @@ PENDING = 1000
 SLICE = 64
 #: Events that are fetched beyond those that somebody has missed, for others who come back.
 FURTHER = 64
-#: Ended epochs that are remembered: whoever comes back from one of them needs no look at the broker.
-DEAD_EPOCHS = 16
 
 Frame = tuple[Event, bytes]
 
@@ -81,8 +79,6 @@ class Track:
         self._make_id = make_id
         # The recent events, with their ids. None is in the place of one that could not be read.
         self._log: Log[Frame | None] = Log(history.size, history.ttl)
-        # Epochs that are known to have ended.
-        self._dead: dict[int, None] = {}
         # Events that were fetched, and are still to come out.
         self._backlog: deque[tuple[Position, Frame | None]] = deque()
         # Events that have come without the one before them, and how many of them had when the last fetch began.
@@ -129,18 +125,14 @@ class Track:
         try:
             return self._log.after(position, limit)
         except Gap as gap:
-            if gap.reason == EXPIRED:
-                was_fetched = asked is not None and asked <= position.offset and not self._log.is_shrunk
-                # In doubt it may be the log of another past than the one that the client comes from.
-                if was_fetched or (self._log.complete and not self._is_in_doubt):
-                    raise
+            if asked is None and (gap.reason == EPOCH or self._log.complete):
+                # This process may be the one that does not know the latest.
+                raise self._not_fetched(TOP) from None
+            was_fetched = asked is not None and asked <= position.offset and not self._log.is_shrunk
+            if gap.reason == EXPIRED and not (was_fetched or self._log.complete):
                 # Twice as far back as this one needs: so those who come next from a little before cost few looks.
                 further = max(FURTHER, self.top.offset - position.offset)
                 raise self._not_fetched(max(0, position.offset - further)) from None
-            if asked is None and (position.epoch not in self._dead or self._is_in_doubt):
-                # This process may be the one that does not know the latest.
-                raise self._not_fetched(TOP) from None
-            self._bury(position.epoch)
             raise
 
     def _not_fetched(self, lowest: int) -> NotFetched:
@@ -168,7 +160,7 @@ class Track:
     def came(self, position: Position, event: Event, frame: bytes, now: float) -> Iterator[Step]:
         """Take what was delivered live; yield what comes out. ``now``: seconds of a clock that does not go back."""
         top = self.top
-        if top is None or self._is_in_doubt:
+        if top is None or self._doubts != self._settled_doubts:
             self._postpone(position, (event, frame))
         elif _follows(position, top):
             yield from self._come_out(position, (event, frame), now)
@@ -252,10 +244,6 @@ class Track:
 
     # -- how --------------------------------------------------------------------------------------------------------
 
-    @property
-    def _is_in_doubt(self) -> bool:
-        return self._doubts != self._settled_doubts
-
     def _come_out(self, position: Position, frame: Frame | None, now: float) -> Iterator[Step]:
         if frame is not None:
             frame = with_id(*frame, self._make_id(position))
@@ -268,7 +256,7 @@ class Track:
         if len(self._pending) > PENDING:
             del self._pending[0]
             self._pending_before = max(0, self._pending_before - 1)
-        if not self._backlog and not self._is_in_doubt:
+        if not self._backlog and self._doubts == self._settled_doubts:
             self.need(TOP)
             if self.top is not None and position.epoch != self.top.epoch:
                 self.need(max(0, position.offset - FURTHER))
@@ -309,15 +297,7 @@ class Track:
             # Nobody has had anything of a new epoch.
             self._log.start(past.base, now, complete=past.complete)
             self._backlog.extend(past.events)
-        self._dead.pop(past.top.epoch, None)
-        self._bury(top.epoch)
         yield Step(top, reset=reason)
-
-    def _bury(self, epoch: int) -> None:
-        if self.top is not None and epoch != self.top.epoch:
-            self._dead[epoch] = None
-            if len(self._dead) > DEAD_EPOCHS:
-                del self._dead[next(iter(self._dead))]
 
     def _with_ids(
         self, events: Iterable[tuple[Position, Frame | None]]

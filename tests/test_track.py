@@ -388,18 +388,6 @@ def test_what_had_come_before_a_fetch_and_is_not_in_it_does_not_come_out():
     assert channel.needs == {}
 
 
-def test_after_a_reconnect_an_epoch_that_had_ended_may_have_come_back():
-    channel = channel_with(5, 5)
-    channel.track.refresh()
-    channel.fetch(kept(1, 1, OTHER))
-    assert channel.out() == ["epoch", 1]
-    assert channel.after(at(5)) == "epoch"
-    channel.track.refresh()
-    assert channel.after(at(5)) is None
-    channel.fetch(kept(5, 6))
-    assert channel.after(at(5), asked=TOP) == [6]
-
-
 def test_what_had_come_before_a_reconnect_without_the_one_before_it_is_not_taken_for_granted():
     """An older state of the broker may have been restored, in which it never was."""
     channel = channel_with(1, 3)
@@ -595,7 +583,7 @@ def test_an_older_state_that_is_restored_with_an_older_epoch_is_a_reset_and_its_
     channel.fetch(kept(1, 3, complete=True))
     assert channel.out()[:3] == ["epoch", 1, "epoch"]
     assert channel.after(at(3)) == []
-    assert channel.after(at(1, OTHER)) == "epoch"
+    assert channel.after(at(1, OTHER), asked=TOP) == "epoch"
 
 
 # --- who asks ---
@@ -655,29 +643,24 @@ def test_who_is_too_far_back_is_told_only_after_a_look_from_there_on():
     assert channel.after(at(2), asked=0) == "expired"
 
 
-def test_where_the_broker_has_no_more_there_is_no_need_to_look():
+def test_where_the_broker_had_no_more_a_look_at_the_end_will_do():
+    """It may have another past by now, from which the client comes."""
     channel = channel_with(5, 8, complete=True)
-    assert channel.after(at(2)) == "expired"
-    assert channel.needs == {}
-
-
-def test_after_a_reconnect_there_is_need_to_look_for_it_may_be_the_past_of_another_epoch():
-    channel = channel_with(5, 8, complete=True)
-    channel.track.refresh()
     assert channel.after(at(2)) is None
-    channel.fetch(kept(1, 1, OTHER, complete=True))
-    assert channel.out() == ["epoch", 1]
-    assert channel.after(at(2), asked=0) == "epoch"
+    assert channel.needs == {"a": TOP}
+    channel.fetch(kept(9, 8))
+    assert channel.after(at(2), asked=TOP) == "expired"
+    assert channel.needs == {}
 
 
 def test_that_the_broker_has_no_more_may_come_with_what_is_known_already():
     channel = channel_with(5, 8)
     assert channel.after(at(2)) is None
     channel.fetch(kept(5, 8, complete=True))
-    assert channel.after(at(2)) == "expired"
+    assert channel.after(at(2), asked=TOP) == "expired"
     channel.track.need(0)
     channel.fetch(kept(7, 8, complete=True))
-    assert channel.after(at(3)) == "expired"
+    assert channel.after(at(3), asked=TOP) == "expired"
     assert channel.after(at(5)) == [6, 7, 8]
 
 
@@ -686,7 +669,7 @@ def test_that_the_broker_has_no_more_than_what_was_fetched_is_not_taken_for_less
     channel.track.need(3)
     channel.fetch(kept(3, 8, complete=True))
     assert channel.after(at(2)) == [3, 4, 5, 6, 7, 8]
-    assert channel.after(at(1)) == "expired"
+    assert channel.after(at(1), asked=TOP) == "expired"
 
 
 def test_who_seems_to_be_ahead_is_told_only_after_a_look():
@@ -723,20 +706,6 @@ def test_who_is_of_a_newer_epoch_with_lower_numbers_goes_on_after_a_look():
     assert channel.after(at(4, OTHER), asked=TOP) == []
 
 
-def test_who_is_of_an_epoch_that_is_known_to_have_ended_is_told_without_a_look():
-    channel = channel_with(5, 8)
-    channel.track.refresh()
-    channel.fetch(kept(1, 3, epoch=OTHER, complete=True))
-    for _ in range(2):
-        assert channel.after(at(8)) == "epoch"
-        assert channel.needs == {}
-    assert channel.after(at(8, 9)) is None
-    channel.fetch(kept(4, 3, epoch=OTHER))
-    assert channel.after(at(8, 9), asked=TOP) == "epoch"
-    assert channel.after(at(9, 9)) == "epoch"
-    assert channel.needs == {}
-
-
 def test_an_epoch_that_has_come_back_has_not_ended():
     channel = channel_with(1, 3, complete=True)
     channel.track.refresh()
@@ -753,17 +722,6 @@ def test_the_present_epoch_has_not_ended_though_somebody_was_undone_in_it():
     channel.fetch(kept(4, 3))
     assert channel.after(at(2, check=99), asked=TOP) == "epoch"
     assert channel.after(at(3, check=99)) is None
-
-
-def test_the_epochs_that_are_remembered_are_few(monkeypatch):
-    monkeypatch.setattr(module, "DEAD_EPOCHS", 2)
-    channel = channel_with(1, 3)
-    for epoch in (10, 11, 12):
-        assert channel.after(at(1, epoch)) is None
-        channel.fetch(kept(4, 3))
-        assert channel.after(at(1, epoch), asked=TOP) == "epoch"
-    assert channel.after(at(1, 12)) == channel.after(at(1, 11)) == "epoch"
-    assert channel.after(at(1, 10)) is None
 
 
 def test_who_asks_may_be_told_less_than_there_is_but_nothing_is_left_out():

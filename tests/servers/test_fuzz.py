@@ -29,6 +29,7 @@ from tests.servers.safe_views import SECRET
 pytestmark = [pytest.mark.server, pytest.mark.heavy]
 
 HEARTBEAT = 1  # seconds
+SLACK = 3  # seconds that a busy machine may take for it
 MAX_STREAMS = 8  # fewer than there are clients at times: some are refused
 THREADS = 3  # of sync iterators
 CLIENTS = 6  # threads that make requests
@@ -296,7 +297,8 @@ def test_random_requests_leave_a_process_as_it_was(redis_server, serve, name, ap
 
     check_answers(answers)
     try:
-        until(lambda: house.holds_no_more_than(before), 2 * HEARTBEAT + 1, "what was held before")
+        # A server that does not read, for another request waits, hears of the end by its second write into it.
+        until(lambda: house.holds_no_more_than(before), 2 * HEARTBEAT + SLACK, "what was held before")
     except AssertionError as error:
         raise AssertionError(f"{error}: {before}; held: {house.held()}; seed: {seed}") from None
     deliver(house)
