@@ -135,7 +135,7 @@ def test_a_balancer_takes_turns_and_leaves_out_who_does_not_accept(told):
     servers = [told(), told()]
     with Balancer(servers[0].port, free_port(), servers[1].port) as balancer, Crowd(balancer.url, 6) as crowd:
         until(lambda: sum(len(server.connections) for server in servers) == 6)
-        assert {len(server.connections) for server in servers} <= {2, 4}
+        assert min(len(server.connections) for server in servers) >= 2
         for server in servers:
             server.answer(CHUNKED + b"1\r\na\r\n")
         crowd.wait_open()
