@@ -237,9 +237,13 @@ class RedisBroker(Broker):
         """Redis will not deliver ``channel``, whatever happens to the others."""
         log.error("Redis refused the subscription to channel %r: %s", channel, error)
         with self._state:
-            if self._reader is reader and channel in self._wanted:
+            if self._reader is not reader:
+                return
+            if channel in self._wanted:
                 self._refused[channel] = error
                 self._state.notify_all()
+            else:
+                self._ask_again.add(channel)  # for who takes it before the reader has seen that it was given up
 
     def lost(self, reader: _Reader, error: Exception) -> bool:
         """The connection failed, for ``error``. Whether the reader shall try again."""

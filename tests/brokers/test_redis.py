@@ -414,6 +414,23 @@ def test_a_refused_channel_is_refused_again_to_the_next_client(limited):
         limited.wait_subscribed(["secret"], TIMEOUT)
 
 
+def test_a_channel_that_is_taken_again_just_after_its_refusal_is_asked_for_again(limited, monkeypatch):
+    refuse, first = limited.refuse, iter([True])
+
+    def refused(*args):
+        if next(first, False):
+            limited.unsubscribe("secret")
+            refuse(*args)
+            limited.subscribe("secret")
+        else:
+            refuse(*args)
+
+    monkeypatch.setattr(limited, "refuse", refused)
+    limited.subscribe("secret")
+    with pytest.raises(RedisUnavailable, match="permission"):
+        limited.wait_subscribed(["secret"], TIMEOUT)
+
+
 def test_a_refused_channel_among_several_fails_their_client(limited):
     for channel in ("ok", "secret"):
         limited.subscribe(channel)
