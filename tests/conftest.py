@@ -1,5 +1,6 @@
 """Fixtures that start real servers on first use, and the order in which everything is stopped again."""
 
+import gc
 import signal
 from contextlib import ExitStack
 
@@ -47,6 +48,13 @@ def _closed_responses_leave_the_database_alone():
     """Closing a response by hand must not ask for the test's own connection, let alone close it."""
     # Not by disconnecting the signal, as Django's test client does: that connects it again after each request.
     connections["default"].close_if_unusable_or_obsolete = lambda: None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_old_is_not_looked_through():
+    """Many tests have the collector look for what nobody holds: not among all that pytest has gathered."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

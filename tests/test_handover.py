@@ -138,7 +138,7 @@ def _project():
     Made.forget()
     with project(__name__):
         yield
-    until(lambda: len(Made.began) == len(Made.ended) or not Made.ended, what="every finally")
+    until(lambda: len(Made.began) == len(Made.ended), what="every finally")
 
 
 async def feeding(name):
