@@ -291,7 +291,6 @@ class Audience:
                     seen[place] = self._seen_before(place, before)
                 if (positions := seen.get(place)) is not None:
                     subscription.fall_behind(dict(positions))
-                    self.waiting.pop(subscription, None)
                     outcome.behind.append(subscription)
                     continue
                 subscription.end("overflow", copies=copies)

@@ -150,9 +150,6 @@ class Track:
         What comes live has to wait until that is known: it might seem to follow what it does not.
         """
         self._doubts += 1
-        # It came over a connection that is lost, and is fetched if it is still true.
-        self._pending.clear()
-        self._pending_before = 0
         self.need(TOP)
 
     # -- what comes -------------------------------------------------------------------------------------------------
@@ -233,7 +230,6 @@ class Track:
             return
         # What had come before the fetch began is in it, or of a time that is over.
         pending, self._pending = self._pending[self._pending_before :], []
-        self._pending_before = 0
         for position, item in pending:
             yield from self.came(position, *item, now)
 

@@ -656,6 +656,17 @@ def test_who_cannot_keep_up_is_not_ended_but_behind():
     assert not subscription.is_behind
 
 
+def test_who_is_behind_has_not_drained_when_it_has_taken_a_page():
+    process = Process(a=100)
+    process.publish("a", 5)
+    subscription = process.join("a", process.at(a=0), max_events=4)
+    for page in (["a1", "a2"], ["a3", "a4"]):
+        assert process.seen(subscription.take()) == page
+        assert not subscription.drained
+    assert process.seen(subscription.take()) == ["a5"]
+    assert subscription.drained
+
+
 def test_who_is_behind_is_so_because_of_bytes_too():
     process = Process(a=100)
     process.publish("a")
@@ -929,6 +940,34 @@ def test_what_is_gone_when_it_is_fetched_is_a_reset():
     assert process.offsets(event.id) == {"a": 50}
     process.publish("a")
     assert process.seen(subscription.take()) == ["a51"]
+
+
+@pytest.mark.parametrize("before", range(3))
+def test_what_waits_is_bounded_for_who_has_the_last_page_still_to_take(before):
+    process = Process(a=100)
+    process.publish("a", before)
+    subscription = process.join("a", max_events=8)
+    process.publish("a", 11)
+    for _ in range(2):
+        assert len(subscription.take()) == 4
+    assert len(subscription.take(1)) == 1
+    assert not subscription.is_behind
+    for _ in range(30):
+        process.publish("a")
+        assert len(subscription) <= 8
+    assert subscription.is_behind
+
+
+def test_what_there_was_no_room_for_in_a_look_is_a_reset_after_that_one():
+    process = Process(a=100)
+    subscription = process.join("a", max_events=4)
+    process.publish("a", 20)
+    forget_all(process)
+    assert subscription.take() == []
+    [(want, _)] = process.begin()
+    process.end([(want, process.timelines["a"].past(want.lowest, process.now, room=5))])
+    assert process.seen(subscription.take()) == [("expired", "A")]
+    assert process.hub.needs == {}
 
 
 def test_what_is_known_to_be_gone_is_a_reset_without_a_look():

@@ -351,6 +351,20 @@ def test_a_reconnect_during_a_fetch_is_looked_into_after_it():
     assert channel.out() == [5, 6]
 
 
+def test_what_comes_live_after_a_reconnect_waits_for_a_fetch_that_began_after_it():
+    channel = channel_with(1, 3)
+    channel.live(5)
+    want = channel.begin()
+    channel.track.refresh()
+    channel.live(6)
+    channel.end(want, kept(4, 5))
+    assert channel.out() == [4, 5]
+    channel.live(6)
+    assert channel.out() == []
+    channel.fetch(kept(5, 6))
+    assert channel.out() == [6]
+
+
 def test_what_comes_live_after_a_reconnect_waits_for_what_was_missed():
     """It might follow what was undone meanwhile, and seem to follow what is known."""
     channel = channel_with(1, 5)
@@ -554,6 +568,14 @@ def test_an_older_state_of_the_broker_that_has_gone_on_is_a_reset(changed, top):
     assert channel.out() == ["epoch"]
     channel.live(top + 1)
     assert channel.out() == [top + 1]
+
+
+def test_an_older_state_that_has_gone_on_beyond_what_is_known_is_a_reset():
+    channel = channel_with(1, 5)
+    channel.track.refresh()
+    channel.fetch(kept(6, 7)._replace(base=at(5, check=99)))
+    assert channel.out() == ["epoch"]
+    assert channel.track.top == at(7)
 
 
 def test_an_event_that_is_known_as_another_one_shows_an_older_state_of_the_broker():
