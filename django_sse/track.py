@@ -264,7 +264,7 @@ class Track:
         # What is fetched is no older than what was known before, or the broker has gone back in time.
         if want.known is not None and want.known.epoch == top.epoch and past.top.offset < want.known.offset:
             return EPOCH
-        for position in (past.base, *(position for position, _ in past.events), past.top):
+        for position in (past.base, *(position for position, _ in past.events)):
             if position.offset <= top.offset and self._log.check_at(position.offset) not in (None, position.check):
                 return EPOCH
         return EXPIRED if past.base.offset > top.offset else None

@@ -499,6 +499,21 @@ def test_a_new_epoch_is_a_reset_and_then_all_of_its_events(known):
     assert channel.after(at(0, OTHER)) == [1, 2, 3]
 
 
+def test_a_new_epoch_that_comes_live_is_fetched_from_a_little_before():
+    channel = channel_with(1, 200, size=200)
+    channel.live(100, epoch=OTHER)
+    assert channel.needs == {"a": 100 - FURTHER}
+
+
+def test_of_a_new_epoch_more_may_be_kept_than_was_fetched():
+    channel = channel_with(1, 3)
+    channel.track.refresh()
+    channel.fetch(kept(5, 6, OTHER))
+    assert channel.out() == ["epoch", 5, 6]
+    assert channel.after(at(2, OTHER)) is None
+    assert channel.needs == {"a": 0}
+
+
 def test_a_new_epoch_without_events_is_a_reset():
     channel = channel_with(1, 3)
     channel.track.refresh()
