@@ -6,13 +6,12 @@ response, and this application, which has the client's ``send`` and ``receive``,
 
 from __future__ import annotations
 
-import contextvars
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from django.core.asgi import get_asgi_application as get_django_application
 
-from . import contexts, shutdown
+from . import shutdown
 from .handover import SCOPE_KEY, Handover
 from .pump import Delivery
 
@@ -40,21 +39,16 @@ class SseApplication:
             return
         handover, client = Handover(send), _Client(receive)
         try:
-            serving = self._serve({**scope, SCOPE_KEY: handover}, client.receive, handover.send)
-            # Not in the task's own context, which would keep what middleware sets there: the request, for instance.
-            await contexts.run(contextvars.copy_context(), serving)
+            await self.app({**scope, SCOPE_KEY: handover}, client.receive, handover.send)
         except BaseException:
             handover.withdraw()
             raise
         stream = handover.taken()
         if stream is not None:
             receive = client.rest()
-            del handover, client, serving
+            del handover, client
             # All that this frame holds, every open stream holds.
             await Delivery(stream, send).run(receive)
-
-    async def _serve(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        await self.app(scope, receive, send)
 
 
 class _Client:

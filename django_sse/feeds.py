@@ -463,16 +463,10 @@ class InTask(_Working):
         #: Whether the task is outside of Django's handler, where sync code has no thread of its own request.
         self.outside = False
 
-    def go_outside(self) -> None:
-        """Have the iterator run outside of Django's handler, but in its context. By the handler."""
-        self.outside = True
-        self._context = contextvars.copy_context()
-
     def ring_by(self, ring: Callable[[], None]) -> None:
         super().ring_by(ring)
         # The iterator runs in that of whoever waits for it: the view's own may belong to a thread that is waited for.
-        if not self.outside:
-            self._context = contextvars.copy_context()
+        self._context = contextvars.copy_context()
 
     def _work(self) -> None:
         if self._loop is None:

@@ -194,10 +194,10 @@ class Stream:
         """Do nothing: Django closes what it has iterated, and then the response, which ends the stream."""
 
     def outside(self) -> Stream:
-        """Get ready to be delivered outside of Django's handler. In the event loop, in the handler's context."""
+        """Get ready to be delivered outside of Django's handler. In the event loop."""
         feed = self._make_feed(on_loop=True)
         if isinstance(feed, InTask):
-            feed.go_outside()
+            feed.outside = True
         self._source.detach()
         self._stall_timeout = None  # whoever delivers it sees to ``stall_timeout``
         return self

@@ -1,7 +1,6 @@
 """The hand-over: the stream leaves Django's handler when the view's own response is sent, untouched, and never else."""
 
 import asyncio
-import contextvars
 import gc
 import logging
 import threading
@@ -9,7 +8,6 @@ import weakref
 from typing import ClassVar
 
 import pytest
-from asgiref.sync import markcoroutinefunction
 from django.core.asgi import get_asgi_application as get_django_application
 from django.http import HttpResponse, HttpResponseForbidden, StreamingHttpResponse
 from django.test import RequestFactory, override_settings
@@ -129,8 +127,6 @@ urlpatterns = [
     path("own", OwnResponse.as_view()),
     path("twice", twice),
     path("second-thought", second_thought),
-    path("contextual", lambda request: Contextual.as_view()(request)),
-    path("acontextual", lambda request: AContextual.as_view()(request)),
     path("plain", lambda request: HttpResponse("plain", headers={"X-Own": "yes"})),
 ]
 
@@ -178,60 +174,6 @@ def test_the_handler_ends_and_the_stream_goes_on(name, finished):
         feeder.cancel()
         numbers(exchange.body)
         assert len(finished) == 1
-
-    asyncio.run(main())
-
-
-class remembering_the_request:  # noqa: N801  # as middleware is named
-    """Has what some keep at hand for all code: the present request, in a context variable."""
-
-    present = contextvars.ContextVar("present")
-    sync_capable = False
-    async_capable = True
-
-    def __init__(self, get_response):
-        self.get_response = get_response
-        markcoroutinefunction(self)
-
-    async def __call__(self, request):
-        self.present.set(request)
-        return await self.get_response(request)
-
-
-def test_what_middleware_has_set_in_a_context_variable_goes_with_the_request():
-    async def main():
-        exchange = Exchange(application(remembering_the_request), "/queue")
-        await soon(lambda: exchange.sent)
-        await soon(lambda: gc.collect() >= 0 and [one() for one in Made.requests] == [None])
-        exchange.leave()
-        await exchange.over()
-
-    asyncio.run(main())
-
-
-class Contextual(BaseSseView):
-    """Tells which request is the present one."""
-
-    def iterator(self):
-        for _ in range(2):
-            self.sse.add_message("", remembering_the_request.present.get().path)
-            yield
-
-
-class AContextual(Contextual):
-    async def iterator(self):
-        for _ in range(2):
-            self.sse.add_message("", remembering_the_request.present.get().path)
-            yield
-
-
-@pytest.mark.parametrize("name", ["contextual", "acontextual"])
-@pytest.mark.parametrize("taken_over", [False, True])
-def test_an_iterator_sees_what_middleware_has_set_in_a_context_variable(name, taken_over):
-    async def main():
-        exchange = Exchange(application(remembering_the_request, taken_over=taken_over), f"/{name}")
-        await exchange.over()
-        assert exchange.body.count(f"data: /{name}\n".encode()) == 2
 
     asyncio.run(main())
 
