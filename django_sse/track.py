@@ -121,6 +121,7 @@ class Track:
         if position is None:
             raise Gap(UNKNOWN)
         if self.top is None:
+            self.need(TOP)  # what is being fetched just now may be older than what the client has seen
             raise self._not_fetched(max(0, position.offset - FURTHER))
         try:
             return self._log.after(position, limit)

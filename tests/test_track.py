@@ -659,6 +659,18 @@ def test_where_nothing_is_known_it_is_fetched_first():
     assert channel.after(at(150), asked=lowest) == [151, 152, 153, 154, 155]
 
 
+def test_who_comes_during_the_first_fetch_is_not_told_by_what_that_has_read_before():
+    channel = Channel()
+    channel.track.need(TOP)
+    want = channel.begin()
+    assert channel.after(at(3, OTHER)) is None
+    channel.end(want, kept(1, 5, complete=True))
+    want = channel.begin()
+    assert not channel.track.answers(want)
+    channel.end(want, kept(1, 3, OTHER, complete=True))
+    assert channel.after(at(3, OTHER), asked=0) == []
+
+
 def test_no_more_is_fetched_than_a_little_more_than_was_missed():
     """A channel may keep a hundred thousand events, and its clients miss three of them."""
     channel = Channel(size=100_000)
