@@ -418,7 +418,7 @@ class Audience:
         page: list[tuple[Frame, _Before]] = []
         while not page:
             try:
-                # Where it is it was told by this process, which may not know of less.
+                # This process itself has said where it is, so nobody need look whether it knows the latest.
                 asked = dict.fromkeys(self.tracks, TOP) | subscription._asked
                 missed, resets = self.missed(behind, asked, max_events)
             except NotFetched as more:
