@@ -6,12 +6,13 @@ response, and this application, which has the client's ``send`` and ``receive``,
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from django.core.asgi import get_asgi_application as get_django_application
 
-from . import shutdown
+from . import contexts, shutdown
 from .handover import SCOPE_KEY, Handover
 from .pump import Delivery
 
@@ -38,17 +39,23 @@ class SseApplication:
             await self.app(scope, receive, send)
             return
         handover, client = Handover(send), _Client(receive)
+        # Not the task's own, which would keep what middleware sets there: the request, for instance.
+        context = contextvars.copy_context()
         try:
-            await self.app({**scope, SCOPE_KEY: handover}, client.receive, handover.send)
+            serving = self._serve({**scope, SCOPE_KEY: handover}, client.receive, handover.send)
+            await contexts.run(context, serving)
         except BaseException:
             handover.withdraw()
             raise
-        stream = handover.taken()
+        stream = context.run(handover.taken)
         if stream is not None:
             receive = client.rest()
-            del handover, client
+            del handover, client, serving, context
             # All that this frame holds, every open stream holds.
             await Delivery(stream, send).run(receive)
+
+    async def _serve(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
 
 
 class _Client:

@@ -463,10 +463,16 @@ class InTask(_Working):
         #: Whether the task is outside of Django's handler, where sync code has no thread of its own request.
         self.outside = False
 
+    def go_outside(self) -> None:
+        """Have the iterator run outside of Django's handler, which has ended, but in this context, which was its."""
+        self.outside = True
+        self._context = contextvars.copy_context()
+
     def ring_by(self, ring: Callable[[], None]) -> None:
         super().ring_by(ring)
         # The iterator runs in that of whoever waits for it: the view's own may belong to a thread that is waited for.
-        self._context = contextvars.copy_context()
+        if not self.outside:
+            self._context = contextvars.copy_context()
 
     def _work(self) -> None:
         if self._loop is None:

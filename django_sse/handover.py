@@ -52,7 +52,10 @@ class Handover:
         self._taken = stream
 
     def taken(self) -> Stream | None:
-        """Return the stream to be delivered, now that the handler has ended. Others of its request end here."""
+        """Return the stream to be delivered, now that the handler has ended. Others of its request end here.
+
+        In the handler's context, in which its iterator is to run.
+        """
         taken, self._taken = self._taken, None
         self._close_others(taken)
         return None if taken is None else taken.outside()

@@ -47,6 +47,8 @@ class Mailbox(Protocol):
 class Mailboxes:
     """The subscriptions of one stream, which end with it. Thread-safe."""
 
+    __slots__ = ("_closed", "_opened")
+
     def __init__(self) -> None:
         self._opened: list[Mailbox] = []
         self._closed = False

@@ -15,11 +15,12 @@ import logging
 import time
 import types
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from itertools import chain, islice, repeat
 from operator import length_hint
 from typing import Any, ClassVar
 
+from . import contexts
 from .feeds import CHUNK_BYTES, HEARTBEAT
 from .inbox import LoopBell, Mailbox
 from .streams import Stream
@@ -227,7 +228,7 @@ class Delivery(LoopBell):
         """Wait for the client as long as ``sending``, which has begun to wait for ``waits_for``, has to."""
         error: BaseException | None = None
         try:
-            await _finish(self.context, sending, waits_for)
+            await contexts.finish(self.context, sending, waits_for)
         except (Exception, asyncio.CancelledError) as raised:  # noqa: BLE001  # whatever it is, it is this client's
             error = raised
         self._unblock()
@@ -315,23 +316,6 @@ class Delivery(LoopBell):
             self._stream.shut("stalled")
             self._finish()
         return min(again, self._blocked_since + patience)
-
-
-@types.coroutine
-def _finish(
-    context: contextvars.Context, sending: Coroutine[Any, Any, None], waits_for: Any
-) -> Generator[Any, Any, None]:
-    """Do for the task that awaits this what it would do for ``sending``, but in ``context``."""
-    while True:
-        try:
-            try:
-                result = yield waits_for
-            except BaseException as error:  # noqa: BLE001  # whatever it is, it is meant for ``sending``
-                waits_for = context.run(sending.throw, error)
-            else:
-                waits_for = context.run(sending.send, result)
-        except StopIteration:
-            return
 
 
 def _may_open(awaitable: Awaitable[None]) -> bool:

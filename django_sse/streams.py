@@ -194,10 +194,10 @@ class Stream:
         """Do nothing: Django closes what it has iterated, and then the response, which ends the stream."""
 
     def outside(self) -> Stream:
-        """Get ready to be delivered outside of Django's handler. In the event loop."""
+        """Get ready to be delivered outside of Django's handler, which has ended. In the event loop, in its context."""
         feed = self._make_feed(on_loop=True)
         if isinstance(feed, InTask):
-            feed.outside = True
+            feed.go_outside()
         self._source.detach()
         self._stall_timeout = None  # whoever delivers it sees to ``stall_timeout``
         return self

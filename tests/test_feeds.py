@@ -814,7 +814,8 @@ def test_outside_of_djangos_handler_sync_code_has_a_thread_of_the_streams_own(wo
 
     async def main():
         feed = FEEDS["async"][True](Source(steps(), as_given), workers)
-        feed.outside = outside
+        if outside:
+            feed.go_outside()
         feed.take()
         await soon(lambda: seen)
         feed.close("client")

@@ -1,6 +1,7 @@
 """The hand-over: the stream leaves Django's handler when the view's own response is sent, untouched, and never else."""
 
 import asyncio
+import contextvars
 import gc
 import logging
 import threading
@@ -8,6 +9,7 @@ import weakref
 from typing import ClassVar
 
 import pytest
+from asgiref.sync import SyncToAsync, markcoroutinefunction, sync_to_async
 from django.core.asgi import get_asgi_application as get_django_application
 from django.http import HttpResponse, HttpResponseForbidden, StreamingHttpResponse
 from django.test import RequestFactory, override_settings
@@ -127,6 +129,9 @@ urlpatterns = [
     path("own", OwnResponse.as_view()),
     path("twice", twice),
     path("second-thought", second_thought),
+    path("contextual", lambda request: Contextual.as_view()(request)),
+    path("acontextual", lambda request: AContextual.as_view()(request)),
+    path("own-thread", lambda request: AnOwnThread.as_view()(request)),
     path("plain", lambda request: HttpResponse("plain", headers={"X-Own": "yes"})),
 ]
 
@@ -176,6 +181,87 @@ def test_the_handler_ends_and_the_stream_goes_on(name, finished):
         assert len(finished) == 1
 
     asyncio.run(main())
+
+
+class remembering_the_request:  # noqa: N801  # as middleware is named
+    """Has what some keep at hand for all code: the present request, in a context variable."""
+
+    present = contextvars.ContextVar("present")
+    sync_capable = False
+    async_capable = True
+
+    def __init__(self, get_response):
+        self.get_response = get_response
+        markcoroutinefunction(self)
+
+    async def __call__(self, request):
+        self.present.set(request)
+        return await self.get_response(request)
+
+
+def test_what_middleware_has_set_in_a_context_variable_goes_with_the_request():
+    async def main():
+        exchange = Exchange(application(remembering_the_request), "/queue")
+        await soon(lambda: exchange.sent)
+        await soon(lambda: gc.collect() >= 0 and [one() for one in Made.requests] == [None])
+        exchange.leave()
+        await exchange.over()
+
+    asyncio.run(main())
+
+
+class Contextual(BaseSseView):
+    """Tells which request is the present one."""
+
+    def iterator(self):
+        for _ in range(2):
+            self.sse.add_message("", remembering_the_request.present.get().path)
+            yield
+
+
+class AContextual(Contextual):
+    async def iterator(self):
+        for _ in range(2):
+            self.sse.add_message("", remembering_the_request.present.get().path)
+            yield
+
+
+@pytest.mark.parametrize("name", ["contextual", "acontextual"])
+@pytest.mark.parametrize("taken_over", [False, True])
+def test_an_iterator_sees_what_middleware_has_set_in_a_context_variable(name, taken_over):
+    async def main():
+        exchange = Exchange(application(remembering_the_request, taken_over=taken_over), f"/{name}")
+        await exchange.over()
+        assert exchange.body.count(f"data: /{name}\n".encode()) == 2
+
+    asyncio.run(main())
+
+
+class AnOwnThread(BaseSseView):
+    """Has sync code in the thread that asgiref keeps for it while it runs."""
+
+    async def iterator(self):
+        self.sse.add_message("", await sync_to_async(lambda: threading.current_thread().name)())
+        yield
+
+
+def test_the_thread_of_an_iterators_sync_code_ends_with_the_iterator():
+    async def main():
+        exchange = Exchange(application(remembering_the_request), "/own-thread")
+        await exchange.over()
+        assert b"data: " in exchange.body
+        return contexts_with_a_thread()
+
+    def contexts_with_a_thread():
+        return [*SyncToAsync.context_to_thread_executor]
+
+    gc.collect()
+    before = contexts_with_a_thread()
+    gc.disable()  # else what asgiref forgets may be freed by chance
+    try:
+        assert asyncio.run(main()) == before
+    finally:
+        gc.enable()
 
 
 def test_the_headers_are_those_of_the_view():
