@@ -12,6 +12,7 @@ import contextvars
 import logging
 import threading
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from functools import partial
@@ -71,6 +72,7 @@ class Source:
         "first",
         "flush",
         "heartbeat",
+        "is_detached",
         "iterator",
         "mailbox",
         "mailboxes",
@@ -98,7 +100,8 @@ class Source:
         self.buffer = buffer
         self.prepare = prepare or _nothing
         self.mailboxes = mailboxes or Mailboxes()
-        #: The view's buffer, where the view was let go of.
+        #: Whether the view was let go of, and its buffer, while somebody can still fill it.
+        self.is_detached = False
         self.detached: sse.Sse | None = None
         self._close: Callable[[], object] = getattr(iterator, "close", _nothing)
         #: Whether chunks leave as text, for code that edits them, or as bytes.
@@ -135,15 +138,23 @@ class Source:
     def detach(self) -> None:
         """Let go of the view, and with it of the request, where only its buffer is needed."""
         if self.iterator is None and self.buffer is not None:
+            self.is_detached = True
             self.detached = self.buffer()
             self.buffer = None
             self.flush = _flush_nothing
             self.prepare = _nothing
 
+    def let_go(self) -> None:
+        """Let go of the view's buffer, too, unless somebody else has it: then nobody can fill it any more."""
+        if self.detached is not None and not self.detached._buffer:
+            buffer = weakref.ref(self.detached)
+            self.detached = None
+            self.detached = buffer()
+
     def silence(self) -> Chunk:
         """Return a heartbeat, and what the view's buffer holds."""
         # The same bytes for all the idle clients of a process.
-        if self.detached is not None and not self.detached._buffer and not self.text:
+        if self.is_detached and not self.text and (self.detached is None or not self.detached._buffer):
             return HEARTBEAT
         return self.frames([])
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 
 from .event import Event
 
-__all__ = ["Inbox", "LoopBell", "Mailbox", "Mailboxes"]
+__all__ = ["Inbox", "LoopBell", "Mailbox", "Mailboxes", "Rank"]
 
 
 class Mailbox(Protocol):
@@ -40,8 +40,18 @@ class Mailbox(Protocol):
     def take_alike(self, listeners: Iterable[Any], max_bytes: int) -> tuple[list[bytes | None], bool]: ...
     def share(self, ring: Callable[[], None]) -> None: ...
     def unshare(self, ring: Callable[[], None]) -> None: ...
+    def rank(self) -> Rank: ...
     def mark(self, *, slow: bool) -> None: ...
     def close(self, reason: str = "client") -> None: ...
+
+
+class Rank(Protocol):
+    """What this module needs of mailboxes that go on in step (``runtime.Rank``)."""
+
+    def join(self, listeners: Any) -> list[bool]: ...
+    def leave(self, listener: Any) -> None: ...
+    def take(self, max_bytes: int) -> tuple[bytes, bool] | None: ...
+    def muster(self) -> list[bool]: ...
 
 
 class Mailboxes:
@@ -50,12 +60,12 @@ class Mailboxes:
     __slots__ = ("_closed", "_opened")
 
     def __init__(self) -> None:
-        self._opened: list[Mailbox] = []
+        self._opened: tuple[Mailbox, ...] = ()
         self._closed = False
 
     def add(self, mailbox: Mailbox) -> None:
         """Let ``mailbox`` end with the stream: at once, if that has ended."""
-        self._opened = [opened for opened in self._opened if opened.ended is None] + [mailbox]
+        self._opened = *(opened for opened in self._opened if opened.ended is None), mailbox
         if self._closed:
             mailbox.close()
 

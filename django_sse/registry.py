@@ -53,7 +53,10 @@ class StreamInfo:
 class Account:
     """What one stream has done, told at its end. Whoever ends it first says why."""
 
-    __slots__ = ("_lock", "_opened", "_settled", "bytes", "events", "info", "retry")
+    __slots__ = ("_opened", "_settled", "bytes", "events", "info", "retry")
+
+    #: One for all: nothing is done under it but to look who is first.
+    _lock = threading.Lock()
 
     def __init__(self, info: StreamInfo, retry: int = 2000) -> None:
         self.info = info
@@ -63,7 +66,6 @@ class Account:
         self.bytes = 0
         self._opened: float | None = None
         self._settled = False
-        self._lock = threading.Lock()
 
     def open(self) -> bool:
         """Start the clock; return whether this was the first call."""
@@ -74,7 +76,7 @@ class Account:
 
     def settle(self, reason: str, error: BaseException | None = None) -> dict[str, Any] | None:
         """Write the log line; return what ``stream_closed`` is to be sent with, and ``None`` after the first time."""
-        with self._lock:
+        with Account._lock:
             if self._settled or self._opened is None:
                 return None
             self._settled = True
@@ -282,6 +284,7 @@ open_streams = Registry()
 
 def _forget_after_fork() -> None:
     Registry.__init__(open_streams)
+    Account._lock = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_forget_after_fork)

@@ -214,11 +214,11 @@ class Stream:
     @property
     def mailbox(self) -> Mailbox | None:
         """The mailbox whose frames are the chunks while ``buffer`` is empty; ``None`` where the chunks are made."""
-        return self._feed.mailbox if isinstance(self._feed, Mail) and self.buffer is not None else None
+        return self._feed.mailbox if isinstance(self._feed, Mail) and self._source.is_detached else None
 
     @property
     def buffer(self) -> Any:
-        """An ``Sse``, which is sent with the mailbox's next event; ``None`` where the view sees to it."""
+        """An ``Sse``, which is sent with the mailbox's next event; ``None`` where nobody can fill it."""
         return self._source.detached
 
     def count(self, size: int) -> None:
@@ -265,6 +265,7 @@ class Stream:
                     return self._source.out(chunk)
             self._first = None
             self._source.first = ()
+            self._source.let_go()
         feed = self._feed
         assert feed is not None
         if self._over:

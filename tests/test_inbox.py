@@ -525,7 +525,7 @@ def test_a_mailbox_that_has_ended_is_not_kept(box):
     mailboxes.add(box)
     box.close()
     mailboxes.add(other := Box())
-    assert mailboxes._opened == [other]
+    assert mailboxes._opened == (other,)
 
 
 def test_a_stream_may_end_again():
