@@ -36,6 +36,7 @@ class SseApplication:
             if scope["type"] == "lifespan":
                 # Servers put their own signal handlers in place after they have imported the application.
                 shutdown.install()
+                contexts.begin()
             await self.app(scope, receive, send)
             return
         handover, client = Handover(send), _Client(receive)

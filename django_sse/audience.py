@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from .event import Event
 from .history import TOP, Gap, Position, reset_event
@@ -21,6 +22,8 @@ from .wire import encode
 __all__ = ["Audience", "Outcome", "Subscription"]
 
 _NOTHING = Event("", "")
+#: Of who has not asked for anything: one for all of them.
+_UNASKED: Mapping[Track, int] = MappingProxyType({})
 #: Where channels were before an event: a reset may be of several.
 _Before = tuple[tuple[str, Position | None], ...]
 
@@ -70,6 +73,18 @@ class _Entry:
             entry, before = entry.next, copy
 
 
+class Cursor:
+    """A place in a log: that of one subscription, or of several that go on in step."""
+
+    __slots__ = ("deserted", "is_common", "place")
+
+    def __init__(self, place: _Entry) -> None:
+        self.place = place
+        #: Whether several may have it, and whether one of them has gone another way since that was last looked at.
+        self.is_common = False
+        self.deserted = False
+
+
 class Subscription:
     """One client's bounded mailbox.
 
@@ -82,8 +97,8 @@ class Subscription:
         "__weakref__",
         "_asked",
         "_behind",
+        "_cursor",
         "_end",
-        "_place",
         "_size",
         "_start",
         "audience",
@@ -108,7 +123,7 @@ class Subscription:
         #: Set by the stream: how the owner tells it that there is something to take.
         self.wake: Callable[[], None] | None = None
         # Where the next event is taken. An entry leads to all that comes after it, so none is held for longer.
-        self._place = audience.end
+        self._cursor = Cursor(audience.end)
         self._start = audience.end.number
         # Where the log's bytes would be if ``take()`` alone had taken them.
         self._size = audience.end.size
@@ -117,7 +132,7 @@ class Subscription:
         # By channel, what it has seen, including the page: while it has no place in the audience's log.
         self._behind: dict[str, Position | None] | None = None
         # From what offset on what it misses has been fetched, by track: what is not there then is gone.
-        self._asked: dict[Track, int] = {}
+        self._asked = _UNASKED
         #: Whether its view has to be asked anew where its client would otherwise be sent a ``stream-reset``.
         self.ends_on_reset = False
 
@@ -125,6 +140,39 @@ class Subscription:
     def channels(self) -> tuple[str, ...]:
         """What it listens to."""
         return self.audience.channels
+
+    @property
+    def _place(self) -> _Entry:
+        return self._cursor.place
+
+    @_place.setter
+    def _place(self, place: _Entry) -> None:
+        if place is not self._cursor.place:
+            self.fall_out()
+            self._cursor.place = place
+
+    def fall_out(self) -> None:
+        """Go on alone from here."""
+        if self._cursor.is_common:
+            self._cursor.deserted = True
+            self._cursor = Cursor(self._cursor.place)
+
+    def fall_in(self, cursor: Cursor) -> bool:
+        """Go on in step with the others at ``cursor``; return whether it can: it stands there, and takes what comes."""
+        if self._cursor.place is not cursor.place or self.ended is not None or self.slow or self._behind is not None:
+            return False
+        self.fall_out()
+        self._cursor = cursor
+        return True
+
+    def is_at(self, cursor: Cursor) -> bool:
+        """Whether it goes on in step with the others at ``cursor``."""
+        return self._cursor is cursor
+
+    def be_slow(self) -> None:
+        """Hear that its client does not take what waits."""
+        self.slow = True
+        self.fall_out()
 
     @property
     def events(self) -> int:
@@ -189,7 +237,7 @@ class Subscription:
     def fall_behind(self, positions: dict[str, Position | None]) -> None:
         """Have what waits dropped, and all that comes, and fetched when its client comes for it."""
         self._behind = positions
-        self._asked.clear()
+        self._asked = _UNASKED
         self.slow = True
         nothing = _Entry(self._place.number, self._place.size)
         self.place(nothing, nothing)
@@ -332,6 +380,17 @@ class Audience:
                 chunks.append(chunk)
         return chunks, any(reached.next is not None for reached, _ in places.values())
 
+    def common_cursor(self, subscription: Subscription) -> Cursor:
+        """Return a cursor for several, where ``subscription`` stands."""
+        cursor = Cursor(subscription._place)
+        cursor.is_common = True
+        return cursor
+
+    def step(self, cursor: Cursor, max_bytes: int) -> tuple[bytes, bool]:
+        """Do for all at ``cursor`` at once what ``advance()`` does for each."""
+        cursor.place, chunk = _joined(cursor.place, max_bytes)
+        return chunk, cursor.place.next is not None
+
     # -- history ----------------------------------------------------------------------------------------------------
 
     def positions(self) -> dict[str, Position]:
@@ -419,14 +478,14 @@ class Audience:
         while not page:
             try:
                 # This process itself has said where it is, so nobody need look whether it knows the latest.
-                asked = dict.fromkeys(self.tracks, TOP) | subscription._asked
+                asked = {**dict.fromkeys(self.tracks, TOP), **subscription._asked}
                 missed, resets = self.missed(behind, asked, max_events)
             except NotFetched as more:
-                for track, lowest in more.needed.items():
-                    subscription._asked[track] = lowest
+                subscription._asked = {**subscription._asked, **more.needed}
+                for track in more.needed:
                     track.starve(subscription)
                 return
-            subscription._asked.clear()
+            subscription._asked = _UNASKED
             if resets and subscription.ends_on_reset:
                 subscription.end("reset")
                 return

@@ -15,14 +15,13 @@ import logging
 import time
 import types
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from itertools import chain, islice, repeat
-from operator import length_hint
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from itertools import chain, compress, islice, repeat
 from typing import Any, ClassVar
 
 from . import contexts
 from .feeds import CHUNK_BYTES, HEARTBEAT
-from .inbox import LoopBell, Mailbox
+from .inbox import LoopBell, Mailbox, Rank
 from .streams import Stream
 
 __all__ = ["Delivery"]
@@ -73,6 +72,7 @@ class Delivery(LoopBell):
         "context",
         "last_sent",
         "mailbox",
+        "row",
         "send",
         "share",
         "takes",
@@ -85,12 +85,16 @@ class Delivery(LoopBell):
         self.any_task = False
         self.send: Send = send if inspect.iscoroutinefunction(send) else self._coroutines(send)
         self._pump: _Pump
-        #: What stands around the server's send(), tracing for instance, may keep things of its request in it.
-        self.context = contextvars.copy_context()
+        #: In which it is sent: what stands around the server's send(), tracing for instance, may keep things of its
+        #: request there. ``None``, the pump's own, where nothing is there and nothing stands around it, as far as a
+        #: method is one of the server's.
+        self.context = contexts.own() if inspect.ismethod(send) else contextvars.copy_context()
         #: With whom it is served, and from what, once it has had all that was its own; what may be its own later.
         self.share: _Share | None = None
         self.mailbox: Mailbox | None = None
         self.buffer: Any = None
+        #: With whom it goes in step.
+        self.row: _Row | None = None
         # The task of a ``send()`` that waits for the client, and since when it does.
         self._blocked: asyncio.Task[None] | None = None
         self._blocked_since = 0.0
@@ -122,7 +126,7 @@ class Delivery(LoopBell):
             self._app = asyncio.current_task()
             self._pump = _Pump.of_running_loop()
             self._pump.add(self)
-            stream.ring_by(self.ring)
+            stream.ring_by(self)
             stream.mark(slow=False)
             try:
                 # Here, and not in a coroutine of its own, which every open stream would hold.
@@ -147,7 +151,7 @@ class Delivery(LoopBell):
             if self.mailbox is not None:
                 stream.count(self.mailbox.bytes_alike + self._heartbeats * len(HEARTBEAT))
             # The pump may know this delivery until the next look at its clock.
-            del self._app, self._stream, self.buffer, self.context, self.mailbox, self.send, self.share
+            del self._app, self._stream, self.buffer, self.context, self.mailbox, self.row, self.send, self.share
             stream.shut()
             await stream.settle_on_loop()
             await stream.unwound()
@@ -161,6 +165,10 @@ class Delivery(LoopBell):
             await awaitable
 
         return sending
+
+    def __call__(self) -> None:
+        """Ring. A method of its own would be one more object for each client."""
+        self.ring()
 
     def over(self) -> bool:
         """Whether nothing is sent any more."""
@@ -214,6 +222,10 @@ class Delivery(LoopBell):
         self.share = self._pump.share(self, mailbox)
         return True
 
+    def has_own(self) -> bool:
+        """Whether its view's buffer holds something, which is sent to its client alone."""
+        return self.buffer is not None and bool(self.buffer._buffer)
+
     def _message(self, chunk: Any, now: float) -> dict[str, Any]:
         self.last_sent = now
         return _HEARTBEAT if chunk is HEARTBEAT else _message(chunk)
@@ -222,15 +234,12 @@ class Delivery(LoopBell):
         """Hear that ``task`` has to wait for the client."""
         self._blocked, self._blocked_since = task, time.monotonic()
         self.takes = False
+        if self.row is not None:
+            self.row.lose(self)
         self._pump.waits(self)
 
-    async def wait_for_client(self, sending: Coroutine[Any, Any, None], waits_for: Any) -> None:
-        """Wait for the client as long as ``sending``, which has begun to wait for ``waits_for``, has to."""
-        error: BaseException | None = None
-        try:
-            await contexts.finish(self.context, sending, waits_for)
-        except (Exception, asyncio.CancelledError) as raised:  # noqa: BLE001  # whatever it is, it is this client's
-            error = raised
+    def has_waited(self, error: BaseException | None = None) -> None:
+        """Hear that the client need not be waited for any more, or what the waiting has ended with."""
         self._unblock()
         if error is not None and not self.over():
             self.failed(error)
@@ -300,7 +309,7 @@ class Delivery(LoopBell):
             due = max(due, self.share.last_sent + heartbeat)
         if now < due:
             return min(again, due), None
-        if self.share is not None and not self.buffer._buffer:
+        if self.share is not None and not self.has_own():
             # Not by the stream: that would bring half a dozen objects of each idle client into the processor's cache.
             self.last_sent = now
             self._heartbeats += 1
@@ -330,19 +339,84 @@ def _message(chunk: Any) -> dict[str, Any]:
     return {"type": "http.response.body", "body": chunk, "more_body": True}
 
 
+async def _finish(coroutine: Coroutine[Any, Any, None], waits_for: Any) -> None:
+    """Go on with ``coroutine``, which has begun to wait for ``waits_for``."""
+    await contexts.finish(coroutine.send, coroutine.throw, waits_for)
+
+
+class _Turn:
+    """Whose message is being sent, and whether that has to wait."""
+
+    __slots__ = ("delivery", "waits")
+
+    delivery: Delivery
+
+    def __init__(self) -> None:
+        self.waits = False
+
+
+class _Row:
+    """Deliveries that go in step: all of them have had the same, and each of them takes the next.
+
+    Whatever becomes of one of them takes it out of the row, so none has to be looked at for each event.
+    """
+
+    __slots__ = ("_rank", "_share", "deliveries")
+
+    def __init__(self, share: _Share, rank: Rank) -> None:
+        self._share = share
+        self._rank = rank
+        # In the order of the rank. A list that somebody goes through is not changed.
+        self.deliveries: list[Delivery] = []
+
+    def __len__(self) -> int:
+        return len(self.deliveries)
+
+    def add(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
+        """Have those of ``deliveries`` go in step that stand where the row does; return them."""
+        joined = [*compress(deliveries, self._rank.join([delivery.mailbox for delivery in deliveries]))]
+        self.deliveries = [*self.deliveries, *joined]
+        for delivery in joined:
+            delivery.row = self
+        return joined
+
+    def lose(self, delivery: Delivery) -> None:
+        """Have ``delivery`` served by itself."""
+        self._rank.leave(delivery.mailbox)
+        self._drop([delivery])
+
+    def take(self) -> tuple[bytes, bool] | None:
+        """Take what waits for all of them: a chunk, and whether more waits. ``None`` where none is left."""
+        taken = None
+        while self.deliveries and (taken := self._rank.take(CHUNK_BYTES)) is None:
+            here = self._rank.muster()
+            self._drop([delivery for delivery, is_here in zip(self.deliveries, here, strict=True) if not is_here])
+        return taken
+
+    def _drop(self, gone: Sequence[Delivery]) -> None:
+        self.deliveries = [delivery for delivery in self.deliveries if delivery not in gone]
+        for delivery in gone:
+            delivery.row = None
+            self._share.take_back(delivery)
+        if not self.deliveries:
+            self._share.rows.remove(self)
+
+
 class _Share(LoopBell):
     """The deliveries of one event loop that get the same events."""
 
-    __slots__ = ("_again", "_left", "_pump", "last_sent", "members")
+    __slots__ = ("_again", "_left", "_pump", "last_sent", "loose", "rows")
 
     def __init__(self, pump: _Pump) -> None:
         super().__init__()
         self._pump = pump
-        self.members: dict[Delivery, None] = {}
+        #: Those that go in step, and those that are looked at one by one.
+        self.rows: list[_Row] = []
+        self.loose: dict[Delivery, None] = {}
         #: When they were sent something alike.
         self.last_sent = 0.0
         # Those that are still to be served in the round that is under way, and whether another one follows it.
-        self._left: Iterator[Delivery] | None = None
+        self._left: deque[_Row | list[Delivery]] | None = None
         self._again = False
 
     def ring(self) -> None:
@@ -353,23 +427,65 @@ class _Share(LoopBell):
         """Have the deliveries served: all of them, from the first."""
         self.clear()
         if self._left is None:
-            self._left = iter(list(self.members))
+            self._begin()
             self._pump.begin(self)
         else:
             self._again = True
 
-    def batch(self) -> list[Delivery]:
-        """Return those that are to be served next."""
-        assert self._left is not None, "it was rung for"
-        return list(islice(self._left, BATCH))
+    def add(self, delivery: Delivery) -> None:
+        """Serve ``delivery`` with the others from now on."""
+        self.loose[delivery] = None
+        self.fall_in([delivery])
+
+    def remove(self, delivery: Delivery) -> bool:
+        """Serve ``delivery`` no more; return whether that was the last one."""
+        if delivery.row is not None:
+            delivery.row.lose(delivery)
+        del self.loose[delivery]
+        return not (self.rows or self.loose)
+
+    def take_back(self, delivery: Delivery) -> None:
+        """Serve by itself who went in step until now. What it may have missed in this round it gets at once."""
+        self.loose[delivery] = None
+        if delivery.takes:
+            self._pump.ready(delivery)
+
+    def fall_in(self, deliveries: Sequence[Delivery]) -> None:
+        """Have those of ``deliveries``, which are loose, go in step that can."""
+        row = next((row for row in self.rows if len(row) < BATCH), None)
+        if row is None and len(deliveries) < 2:  # a row of one would gain nothing
+            return
+        able = [delivery for delivery in deliveries if delivery.buffer is None and not delivery.any_task]
+        if not able:
+            return
+        if row is None:
+            assert able[0].mailbox is not None, "it is served with others"
+            row = _Row(self, able[0].mailbox.rank())
+        for delivery in row.add(able[: BATCH - len(row)]):
+            del self.loose[delivery]
+        if row.deliveries and row not in self.rows:
+            self.rows.append(row)
+        if not self.loose:
+            self.loose = {}  # a dictionary keeps the room that it has once needed
+
+    def few(self, most: int) -> _Row | list[Delivery] | None:
+        """Return those that are to be served next, if they are ``most`` at most."""
+        return self._left.popleft() if self._left and len(self._left[0]) <= most else None
 
     def goes_on(self, *, more: bool) -> bool:
         """Return whether some are still to be served; all of them once more, if there is ``more``."""
         self._again = self._again or more
-        if length_hint(self._left) == 0:
-            self._left = iter(list(self.members)) if self._again else None
+        if not self._left:
+            if self._again:
+                self._begin()
+            else:
+                self._left = None
             self._again = False
         return self._left is not None
+
+    def _begin(self) -> None:
+        loose = iter(list(self.loose))
+        self._left = deque([*self.rows, *iter(lambda: list(islice(loose, BATCH)), [])])
 
 
 #: Messages that are to be sent, and to whom.
@@ -416,8 +532,8 @@ class _Pump:
         self._deliveries.add(delivery)
         if self._task is None:
             self._seen = _tick_of(time.monotonic())
-            # In a context of its own: that of the first client is not the others' business.
-            contextvars.Context().run(self._start)
+            # That of the first client is not the others' business.
+            contexts.common().run(self._start)
         self.ready(delivery)
         self._look_later(delivery, time.monotonic())
 
@@ -442,14 +558,13 @@ class _Pump:
         share = self._shares.get(mailbox.audience)
         if share is None:
             share = self._shares[mailbox.audience] = _Share(self)
-        share.members[delivery] = None
         mailbox.share(share.ring)
+        share.add(delivery)
         return share
 
     def _unshare(self, delivery: Delivery, mailbox: Mailbox) -> None:
         share = self._shares[mailbox.audience]
-        del share.members[delivery]
-        if not share.members:
+        if share.remove(delivery):
             del self._shares[mailbox.audience]
             mailbox.unshare(share.ring)
 
@@ -506,32 +621,49 @@ class _Pump:
 
     async def _send(self) -> None:
         while True:
-            for delivery, message in self._messages:
-                if not delivery.takes:
-                    continue
-                try:
-                    sending = delivery.send(message)
-                    waits_for = delivery.context.run(sending.send, None)
-                except StopIteration:
-                    continue
-                except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # whatever it is, it is the client's
+            turn = _Turn()
+            sending = self._send_all(turn)
+            try:
+                waits_for = sending.send(None)
+            except StopIteration:
+                # None is held while nothing is sent.
+                del turn, sending
+                if not await self._pause():
+                    return
+                self._messages = self._next_messages()
+                continue
+            turn.waits = True
+            if turn.delivery.any_task:
+                # Some servers have an awaitable that waits often, and opens nothing: any task will do for it.
+                turn.delivery.block(asyncio.Task(_finish(sending, waits_for), loop=self._loop))
+                continue
+            # What a coroutine has opened, a timeout for instance, belongs to the task that it has begun in.
+            turn.delivery.block(asyncio.current_task())
+            self._go_on()
+            await _finish(sending, waits_for)
+            return
+
+    async def _send_all(self, turn: _Turn) -> None:
+        """Send ``_messages`` as long as nobody waits: when that happens it becomes the waiting of that client alone."""
+        for delivery, message in self._messages:
+            if not delivery.takes:
+                continue
+            turn.delivery = delivery
+            # Awaited, for a coroutine that does not wait is then done without an exception that says so.
+            try:
+                if delivery.context is None:
+                    await delivery.send(message)
+                else:
+                    await contexts.run(delivery.context, delivery.send(message))
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # whatever it is, it is the client's
+                if not turn.waits:
                     delivery.failed(error)
                     continue
-                if delivery.any_task:
-                    # Some servers have an awaitable that waits often, and opens nothing: any task will do for it.
-                    waiting = delivery.wait_for_client(sending, waits_for)
-                    delivery.block(asyncio.Task(waiting, loop=self._loop))
-                    continue
-                # What a coroutine has opened, a timeout for instance, belongs to the task that it has begun in.
-                delivery.block(asyncio.current_task())
-                self._go_on()
-                await delivery.wait_for_client(sending, waits_for)
+                delivery.has_waited(error)
                 return
-            # None is held while nothing is sent.
-            delivery = message = sending = None  # type: ignore[assignment]
-            if not await self._pause():
+            if turn.waits:
+                delivery.has_waited()
                 return
-            self._messages = self._next_messages()
 
     async def _pause(self) -> bool:
         """Let others have the loop; return whether there is anybody to go on for."""
@@ -562,32 +694,47 @@ class _Pump:
         # Each once: what was taken is to be sent, and whose first message has to wait would not take a second one.
         for _ in range(len(self._rung)):
             share = self._rung.popleft()
-            batch = share.batch()
-            left -= len(batch) or 1
-            several = [delivery for delivery in batch if delivery.takes and not delivery.buffer._buffer]
-            if len(several) < len(batch):
-                self._ready.extend(delivery for delivery in batch if delivery.takes and delivery.buffer._buffer)
             more = False
             try:
-                if several:
-                    messages, more = self._messages_alike(share, several)
+                while (several := share.few(left)) is not None:
+                    left -= len(several)
+                    messages, more_waits = self._messages_alike(share, several)
                     alike.append(messages)
+                    more = more or more_waits
             except BaseException:
                 self._messages = chain(*alike)
                 raise
             finally:
                 if share.goes_on(more=more):
                     self._rung.append(share)
+            left -= 1
             if left <= 0:
                 break
         return chain(*alike, self._messages_of_ready(), self._messages_of_timed())
 
-    def _messages_alike(self, share: _Share, deliveries: list[Delivery]) -> tuple[_Messages, bool]:
-        """Return what waits for ``deliveries``, which are members of ``share``, and whether more waits."""
+    def _messages_alike(self, share: _Share, deliveries: _Row | list[Delivery]) -> tuple[_Messages, bool]:
+        """Return what waits for ``deliveries`` of ``share``, and whether more waits."""
+        share.last_sent = time.monotonic()
+        if isinstance(deliveries, _Row):
+            taken = deliveries.take()
+            if taken is None:
+                return iter(()), False
+            chunk, more = taken
+            return zip(deliveries.deliveries, repeat(_message(chunk))) if chunk else iter(()), more
+        takes = [delivery for delivery in deliveries if delivery.takes and delivery.row is None]
+        several = [delivery for delivery in takes if not delivery.has_own()]
+        if len(several) < len(takes):
+            self._ready.extend(delivery for delivery in takes if delivery.has_own())
+        if not several:
+            return iter(()), False
+        messages, more = self._messages_one_by_one(several)
+        share.fall_in(several)
+        return messages, more
+
+    def _messages_one_by_one(self, deliveries: list[Delivery]) -> tuple[_Messages, bool]:
         mailboxes: list[Any] = [delivery.mailbox for delivery in deliveries]
         taken: tuple[list[bytes | None], bool] = mailboxes[0].take_alike(mailboxes, CHUNK_BYTES)
         chunks, more = taken
-        share.last_sent = time.monotonic()
         first = chunks[0]
         if first and chunks.count(first) == len(chunks):  # as almost always
             return zip(deliveries, repeat(_message(first))), more

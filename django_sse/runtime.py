@@ -16,12 +16,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from itertools import compress
 from types import MappingProxyType
 from typing import Any
 
 from django.core.signals import setting_changed
 
-from .audience import Audience, Outcome, Subscription
+from .audience import Audience, Cursor, Outcome, Subscription
 from .brokers.base import Broker, Payload
 from .cursor import Cursors
 from .event import Event, decode_message, decode_payload
@@ -32,7 +33,7 @@ from .recovery import Recovery
 from .track import Track
 from .wire import encode
 
-__all__ = ["Listener", "Runtime", "get", "reset"]
+__all__ = ["Listener", "Rank", "Runtime", "get", "reset"]
 
 log = logging.getLogger("django_sse")
 
@@ -276,6 +277,32 @@ class Runtime:
                 self._calm_down(subscriptions)
             return taken
 
+    def take_in_step(self, cursor: Cursor, listeners: Sequence[Listener], max_bytes: int) -> tuple[bytes, bool] | None:
+        """Take for all at ``cursor``, who are ``listeners``; ``None`` where one of them has gone another way."""
+        with self._lock:
+            if cursor.deserted:
+                return None
+            taken = listeners[0].audience.step(cursor, max_bytes)
+            if self._crowded:
+                self._calm_down([listener.subscription for listener in listeners])
+            return taken
+
+    def fall_in(self, cursor: Cursor, listeners: Iterable[Listener]) -> list[bool]:
+        """Have ``listeners`` go on in step with those at ``cursor``; return which of them do."""
+        with self._lock:
+            return [listener.subscription.fall_in(cursor) for listener in listeners]
+
+    def fall_out(self, listener: Listener) -> None:
+        """Have ``listener`` go on alone."""
+        with self._lock:
+            listener.subscription.fall_out()
+
+    def muster(self, cursor: Cursor, listeners: Iterable[Listener]) -> list[bool]:
+        """Return which of ``listeners`` are at ``cursor`` still."""
+        with self._lock:
+            cursor.deserted = False
+            return [listener.subscription.is_at(cursor) for listener in listeners]
+
     def share(self, subscription: Subscription, ring: Callable[[], None]) -> None:
         """Have ``ring`` called, by any thread, at every event of the audience of ``subscription``."""
         with self._lock:
@@ -291,7 +318,10 @@ class Runtime:
     def mark(self, subscription: Subscription, *, slow: bool) -> None:
         """Say of a ``prompt`` subscription whether its client takes what it is sent."""
         with self._lock:
-            subscription.slow = slow
+            if slow:
+                subscription.be_slow()
+            else:
+                subscription.slow = False
             subscription.audience.look_again()
             if slow and subscription in self._crowded:
                 self._crowded.discard(subscription)
@@ -360,7 +390,7 @@ class Runtime:
 
     def _give_up(self, subscriptions: set[Subscription]) -> None:
         for subscription in subscriptions:
-            subscription.slow = True
+            subscription.be_slow()
         self._crowded -= subscriptions
 
 
@@ -432,6 +462,10 @@ class Listener:
         """
         return self._runtime.take_alike([listener.subscription for listener in listeners], max_bytes)
 
+    def rank(self) -> Rank:
+        """Return a rank of its audience, which begins where this one stands, and which it may join."""
+        return Rank(self._runtime, self.audience.common_cursor(self.subscription))
+
     def mark(self, *, slow: bool) -> None:
         """Say whether the client takes what it is sent, as the stream knows from now on."""
         self.subscription.prompt = True
@@ -451,6 +485,42 @@ class Listener:
 
     # The response was dropped unclosed: the client left while the view ran, or a middleware answered instead.
     __del__ = leave
+
+
+class Rank:
+    """Listeners of one audience that stand at one place and go on in step: what they get is taken once for all."""
+
+    __slots__ = ("_cursor", "_listeners", "_runtime")
+
+    def __init__(self, runtime: Runtime, cursor: Cursor) -> None:
+        self._runtime = runtime
+        self._cursor = cursor
+        self._listeners: list[Listener] = []
+
+    def join(self, listeners: Sequence[Listener]) -> list[bool]:
+        """Add those of ``listeners`` that stand where the rank does; return which these are."""
+        joined = self._runtime.fall_in(self._cursor, listeners)
+        self._listeners += compress(listeners, joined)
+        return joined
+
+    def leave(self, listener: Listener) -> None:
+        """Have ``listener`` go on alone."""
+        self._runtime.fall_out(listener)
+        self._listeners.remove(listener)
+
+    def take(self, max_bytes: int) -> tuple[bytes, bool] | None:
+        """Take for all of them what waits, up to the event that makes it ``max_bytes``.
+
+        Returns a chunk, empty where nothing waits, and whether more waits. ``None`` where one of them does not go in
+        step any more: then ``muster()`` comes first.
+        """
+        return self._runtime.take_in_step(self._cursor, self._listeners, max_bytes)
+
+    def muster(self) -> list[bool]:
+        """Return which of the listeners, in the order in which they have joined, are still in step; drop the others."""
+        here = self._runtime.muster(self._cursor, self._listeners)
+        self._listeners = [*compress(self._listeners, here)]
+        return here
 
 
 def _read(channel: str, payload: Payload) -> tuple[Event, bytes] | None:

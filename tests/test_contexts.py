@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import gc
 import weakref
+from functools import partial
 
 import pytest
 
@@ -18,7 +19,8 @@ def apart(coroutine, context=None):
 
 async def begun(context, coroutine):
     """Await what has done its first step already."""
-    await contexts.finish(context, coroutine, context.run(coroutine.send, None))
+    started = context.run(coroutine.send, None)
+    await contexts.finish(partial(context.run, coroutine.send), partial(context.run, coroutine.throw), started)
 
 
 @pytest.fixture(params=["run", "finish"])
