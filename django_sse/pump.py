@@ -16,7 +16,7 @@ import time
 import types
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from itertools import chain, compress, islice, repeat
+from itertools import chain, compress, repeat
 from typing import Any, ClassVar
 
 from . import contexts
@@ -416,7 +416,7 @@ class _Share(LoopBell):
         #: When they were sent something alike.
         self.last_sent = 0.0
         # Those that are still to be served in the round that is under way, and whether another one follows it.
-        self._left: deque[_Row | list[Delivery]] | None = None
+        self._left: list[_Row | list[Delivery]] | None = None
         self._again = False
 
     def ring(self) -> None:
@@ -453,8 +453,6 @@ class _Share(LoopBell):
     def fall_in(self, deliveries: Sequence[Delivery]) -> None:
         """Have those of ``deliveries``, which are loose, go in step that can."""
         row = next((row for row in self.rows if len(row) < BATCH), None)
-        if row is None and len(deliveries) < 2:  # a row of one would gain nothing
-            return
         able = [delivery for delivery in deliveries if delivery.buffer is None and not delivery.any_task]
         if not able:
             return
@@ -470,7 +468,7 @@ class _Share(LoopBell):
 
     def few(self, most: int) -> _Row | list[Delivery] | None:
         """Return those that are to be served next, if they are ``most`` at most."""
-        return self._left.popleft() if self._left and len(self._left[0]) <= most else None
+        return self._left.pop() if self._left and len(self._left[-1]) <= most else None
 
     def goes_on(self, *, more: bool) -> bool:
         """Return whether some are still to be served; all of them once more, if there is ``more``."""
@@ -484,8 +482,11 @@ class _Share(LoopBell):
         return self._left is not None
 
     def _begin(self) -> None:
-        loose = iter(list(self.loose))
-        self._left = deque([*self.rows, *iter(lambda: list(islice(loose, BATCH)), [])])
+        left: list[_Row | list[Delivery]] = [*reversed(self.rows)]  # the first is taken from the end
+        if self.loose:
+            loose = list(self.loose)
+            left[:0] = [loose[at : at + BATCH] for at in range(0, len(loose), BATCH)]
+        self._left = left
 
 
 #: Messages that are to be sent, and to whom.
