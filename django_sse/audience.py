@@ -204,15 +204,26 @@ class Subscription:
             taken.append((place.event, place.frame))
             size += len(place.frame)
             place = place.next
+        self._go_to(place, size)
+        return taken
+
+    def take_chunk(self, max_bytes: int) -> tuple[bytes, bool]:
+        """Return what waits as one chunk, up to the event that makes it ``max_bytes``, and whether that is all."""
+        if self._behind is not None:
+            self.audience.refill(self)
+        place, chunk = _joined(self._place, max_bytes)
+        self._go_to(place, len(chunk))
+        return chunk, self.drained
+
+    def _go_to(self, place: _Entry, size: int) -> None:
         self._place = place
         self._size += size
         if place.next is None and self.ended is None and self._behind is None:
             if not self.shared:
                 self.audience.waiting[self] = None
             # Only who comes in vain has caught up: a slow client, too, takes all that waits now and then.
-            if not taken:
+            if not size:
                 self.slow = False
-        return taken
 
     def end(self, reason: str, *, clear: bool = False, copies: dict[_Entry, _Entry] | None = None) -> None:
         """Let nothing more come; with ``clear`` what waits is dropped, too, for nobody will take it.

@@ -21,7 +21,6 @@ from typing import Protocol
 import sse
 
 from .database import ThreadSensitiveContext, arelease_idle, lend, stepping
-from .event import Event
 from .inbox import Mailbox, Mailboxes
 from .wire import Sse, comment
 from .workers import DONE, Workers, shared_loop
@@ -121,19 +120,17 @@ class Source:
             return chunk if self.text else chunk.encode()
         return chunk.decode() if self.text else chunk
 
-    def frames(self, taken: list[tuple[Event, bytes]]) -> Chunk:
-        """Return what is sent for the events taken from the mailbox: a heartbeat where there are none."""
-        # On the way of every event: mostly one frame, and nothing in the buffer.
+    def with_rest(self, chunk: bytes) -> Chunk:
+        """Return ``chunk``, which was taken from the mailbox or is a heartbeat, and what the view's buffer holds."""
+        # On the way of every event: mostly the buffer is empty, or nobody can fill it.
         rest: Iterable[Chunk] = ()
-        if self.detached is None:
+        if not self.is_detached:
             rest = self.flush(None)
-        elif self.detached._buffer:
+        elif self.detached is not None and self.detached._buffer:
             rest = flush_sse(self.detached)
-        if len(taken) == 1 and not rest:
-            return self.out(taken[0][1]) if self.text else taken[0][1]
-        frames = [frame for _, frame in taken] or [HEARTBEAT]
-        frames += [chunk.encode() if isinstance(chunk, str) else chunk for chunk in rest]
-        return self.out(b"".join(frames))
+        if rest:
+            chunk += b"".join(own.encode() if isinstance(own, str) else own for own in rest)
+        return chunk.decode() if self.text else chunk
 
     def detach(self) -> None:
         """Let go of the view, and with it of the request, where only its buffer is needed."""
@@ -153,10 +150,7 @@ class Source:
 
     def silence(self) -> Chunk:
         """Return a heartbeat, and what the view's buffer holds."""
-        # The same bytes for all the idle clients of a process.
-        if self.is_detached and not self.text and (self.detached is None or not self.detached._buffer):
-            return HEARTBEAT
-        return self.frames([])
+        return self.with_rest(HEARTBEAT)  # the same bytes for all the idle clients of a process
 
     def discard(self) -> None:
         """Close an iterator that nobody has begun. Once: one of the user's own need not know that it may come again."""
@@ -184,14 +178,12 @@ class Feed(Protocol):
     ended: str | None
     #: What the iterator has raised.
     error: BaseException | None
+    #: Whether it is known, without asking, that there is nothing to take before it rings.
+    drained: bool
 
     @property
     def events(self) -> int:
         """How many events, or steps that sent something, were taken."""
-
-    @property
-    def drained(self) -> bool:
-        """Whether it is known, without asking, that there is nothing to take before it rings."""
 
     def ring_by(self, ring: Callable[[], None]) -> None:
         """Have ``ring`` called, by any thread, when there is something to take or the end has come."""
@@ -585,14 +577,11 @@ class Mail:
         self.mailbox = source.mailbox
         self.ended: str | None = None
         self.error: BaseException | None = None
+        self.drained = False
 
     @property
     def events(self) -> int:
         return self.mailbox.events
-
-    @property
-    def drained(self) -> bool:
-        return self.mailbox.drained
 
     def ring_by(self, ring: Callable[[], None]) -> None:
         self.mailbox.wake_by(ring)
@@ -600,9 +589,9 @@ class Mail:
     def take(self) -> Chunk | None:
         # The end first: what came before it may still be taken.
         ended = self.mailbox.ended
-        taken = self.mailbox.take(max_bytes=CHUNK_BYTES)
-        if taken:
-            return self._source.frames(taken)
+        chunk, self.drained = self.mailbox.take_chunk(CHUNK_BYTES)
+        if chunk:
+            return self._source.with_rest(chunk)
         self.ended = ended
         return None
 

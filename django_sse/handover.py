@@ -12,6 +12,7 @@ from typing import Any
 
 from django.http import StreamingHttpResponse
 
+from .inside import Inside
 from .streams import Stream
 
 __all__ = ["SCOPE_KEY", "EventStreamResponse", "Handover"]
@@ -120,16 +121,20 @@ class _Body:
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
         self.taken = False
+        self._inside: Inside | None = None
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.stream)
 
     def __aiter__(self) -> AsyncIterator[Any]:
-        return aiter(self.stream)
+        if not self.stream.is_mail:
+            return aiter(self.stream)
+        self._inside = self._inside or Inside(self.stream)
+        return self._inside
 
     def close(self) -> None:
         if not self.taken:
-            self.stream.close()
+            (self._inside or self.stream).close()
 
 
 class _Nothing:

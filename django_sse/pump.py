@@ -121,7 +121,8 @@ class Delivery(LoopBell):
         """Deliver until the client has left or the stream has ended."""
         stream = self._stream
         try:
-            await stream.begin_on_loop()
+            if not stream.begun:
+                await stream.begin_on_loop()
             self._too_old = stream.too_old
             self._app = asyncio.current_task()
             self._pump = _Pump.of_running_loop()

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import compress
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from django.core.signals import setting_changed
 
@@ -37,6 +37,7 @@ __all__ = ["Listener", "Rank", "Runtime", "get", "reset"]
 
 log = logging.getLogger("django_sse")
 
+T = TypeVar("T")
 #: Seconds without any progress for which crowded mailboxes hold the broker's thread up, before their clients are slow.
 PATIENCE = 0.1
 #: Reasons of an end after which nobody takes what waits.
@@ -243,9 +244,16 @@ class Runtime:
         self, subscription: Subscription, limit: int | None, max_bytes: int | None = None
     ) -> list[tuple[Event, bytes]]:
         """Return what waits for ``subscription``: at most ``limit`` events, and no more after ``max_bytes``."""
+        return self._take(subscription, subscription.take, limit, max_bytes)
+
+    def take_chunk(self, subscription: Subscription, max_bytes: int) -> tuple[bytes, bool]:
+        """Return what waits for ``subscription`` as one chunk, and whether that is all."""
+        return self._take(subscription, subscription.take_chunk, max_bytes)
+
+    def _take(self, subscription: Subscription, take: Callable[..., T], *args: Any) -> T:
         open_before = subscription.ended is None
         with self._lock:
-            taken = subscription.take(limit, max_bytes)
+            taken = take(*args)
             if self._crowded:
                 self._calm_down((subscription,))
         if subscription.audience.tracks:
@@ -426,10 +434,12 @@ class Listener:
         """How many events were taken."""
         return self.subscription.events
 
-    @property
-    def drained(self) -> bool:
-        """Whether all was taken, so that it is rung for when there is more. Asked without the lock."""
-        return self.subscription.drained
+    def take_chunk(self, max_bytes: int) -> tuple[bytes, bool]:
+        """Return the events that wait in their encoded form, up to the one that makes it ``max_bytes``: one chunk.
+
+        It is empty where nothing waits. And whether that is all, so that it is rung for when there is more.
+        """
+        return self._runtime.take_chunk(self.subscription, max_bytes)
 
     @property
     def is_behind(self) -> bool:

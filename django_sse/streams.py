@@ -44,7 +44,6 @@ class Stream:
         "_begun",
         "_feed",
         "_first",
-        "_given",
         "_last",
         "_loop_bell",
         "_max_age",
@@ -58,6 +57,7 @@ class Stream:
         "_too_old",
         "_workers",
         "account",
+        "given",
         "stall_timeout",
     )
 
@@ -88,8 +88,8 @@ class Stream:
         self._max_age = max_age
         self._too_old: float | None = None
         self._stall_timeout = self.stall_timeout = stall_timeout
-        # When the client was given its last chunk (time.monotonic()); None while it waits for the next.
-        self._given: float | None = None
+        #: When the client was given its last chunk (``time.monotonic()``); ``None`` while it waits for the next.
+        self.given: float | None = None
         if on_loop and not in_worker() and source.kind(on_loop=True) == "sync":
             self._feed = FEEDS["sync"][True](source, workers)  # hired while a refusal can still be an answer
 
@@ -115,7 +115,7 @@ class Stream:
         return self
 
     def __next__(self) -> Chunk:
-        self._given = None
+        self.given = None
         if not self._begun:
             self._begun = True
             if self.account is not None:
@@ -137,7 +137,7 @@ class Stream:
             if chunk is None and not bell.wait(self._patience()):
                 chunk = self.silence()
             if chunk:
-                self._given = time.monotonic()
+                self.given = time.monotonic()
                 return chunk
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
@@ -145,7 +145,7 @@ class Stream:
         return self
 
     async def __anext__(self) -> Chunk:
-        self._given = None
+        self.given = None
         bell = self._loop_bell
         if bell is None:
             bell = await self._get_bell()
@@ -173,14 +173,14 @@ class Stream:
                     continue
                 chunk = self.silence()
             if chunk:
-                self._given = time.monotonic()
+                self.given = time.monotonic()
                 return chunk
 
     async def _get_bell(self) -> LoopBell:
         if not self._begun:
             self._begun = True
             if self.account is not None:
-                await self._begin_in_handler()
+                await self.begin_in_handler()
         bell = self._loop_bell = LoopBell()
         self._make_feed(on_loop=True).ring_by(bell.ring)
         return bell
@@ -212,6 +212,16 @@ class Stream:
             self._feed.mark(slow=slow)
 
     @property
+    def is_mail(self) -> bool:
+        """Whether the events of a mailbox are the stream."""
+        return self._source.kind(on_loop=True) == "mailbox"
+
+    @property
+    def begun(self) -> bool:
+        """Whether it was said that the stream is open."""
+        return self._begun
+
+    @property
     def mailbox(self) -> Mailbox | None:
         """The mailbox whose frames are the chunks while ``buffer`` is empty; ``None`` where the chunks are made."""
         return self._feed.mailbox if isinstance(self._feed, Mail) and self._source.is_detached else None
@@ -236,7 +246,8 @@ class Stream:
         """When the stream ends for its age (``time.monotonic()``)."""
         return self._too_old
 
-    async def _begin_in_handler(self) -> None:
+    async def begin_in_handler(self) -> None:
+        """Say that the stream is open, and give back what its request holds while it is."""
         try:
             await self.begin_on_loop()
             lend(self.close)
@@ -387,7 +398,7 @@ class Stream:
 
     def stalled_for(self, now: float) -> float:
         """Return for how many seconds more than ``stall_timeout`` the client has not taken its chunk."""
-        given = self._given
+        given = self.given
         if given is None or self._stall_timeout is None:
             return 0.0
         return now - given - self._stall_timeout

@@ -913,8 +913,8 @@ def test_an_event_that_comes_with_the_end_is_taken(run, mailbox):
         def __getattr__(self, name):
             return getattr(mailbox, name)
 
-        def take(self, *args, **kwargs):
-            taken = mailbox.take(*args, **kwargs)
+        def take_chunk(self, max_bytes):
+            taken = mailbox.take_chunk(max_bytes)
             if not mailbox.ended:
                 publish(run, "1")
                 mailbox.close("shutdown")
@@ -1061,6 +1061,73 @@ def test_the_heartbeat_of_all_that_are_idle_is_the_same_bytes():
     assert source.silence() is HEARTBEAT
     source.text = True
     assert source.silence() == comment().decode()
+
+
+def test_a_source_lets_go_of_a_buffer_that_nobody_else_has():
+    source, view = buffered()
+    buffer = weakref.ref(view.sse)
+    source.detach()
+    source.let_go()
+    assert source.detached is view.sse
+    del view
+    source.let_go()
+    assert (source.detached, buffer()) == (None, None)
+    assert source.is_detached
+    source.let_go()
+    assert source.silence() is HEARTBEAT
+    source.text = True
+    assert source.silence() == comment().decode()
+
+
+def test_a_source_keeps_a_buffer_that_somebody_else_may_fill():
+    source, view = buffered()
+    buffer = view.sse
+    source.detach()
+    del view
+    source.let_go()
+    assert source.silence() is HEARTBEAT
+    buffer.add_comment("added")
+    assert source.silence() == comment() + b": added\n\n"
+
+
+def test_a_source_keeps_a_buffer_that_is_not_empty():
+    source, view = buffered()
+    view.sse.add_comment("added")
+    source.detach()
+    del view
+    source.let_go()
+    assert source.silence() == comment() + b": added\n\n"
+    assert source.silence() is HEARTBEAT
+    source.let_go()
+    assert source.detached is None
+
+
+def test_a_source_that_keeps_its_view_lets_go_of_nothing():
+    source, view = buffered(iter(()))
+    source.detach()
+    source.let_go()
+    view.sse.add_comment("added")
+    assert list(source.flush(None)) == [": added\n\n"]
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_events_go_on_without_the_buffer_that_was_let_go_of_and_with_the_one_that_was_not(run, workers, mailbox, held):
+    source, view = buffered()
+    source.mailbox = mailbox
+    feed = FEEDS["mailbox"][False](source, workers)
+    buffer = view.sse
+    source.detach()
+    del view
+    if not held:
+        del buffer
+    source.let_go()
+    publish(run, "1")
+    assert feed.take() == b"event: \ndata: 1\n\n"
+    if held:
+        buffer.add_comment("added")
+    publish(run, "2", "3")
+    assert feed.take() == b"event: \ndata: 2\n\nevent: \ndata: 3\n\n" + (b": added\n\n" if held else b"")
+    assert feed.take() is None
 
 
 def test_a_source_closes_an_iterator_that_nobody_has_begun():

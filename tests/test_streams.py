@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import threading
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -1334,7 +1335,7 @@ def test_a_silent_stream_is_not_stalled(open_stream, kind, on_loop):
     reader.next()
     assert reader.stream.stalled_for(10**9) > 0
     result = reader.begin()
-    until(lambda: reader.stream._given is None, what="the client to come for more")
+    until(lambda: reader.stream.given is None, what="the client to come for more")
     assert reader.stream.stalled_for(10**9) == 0
     reader.stream.end("shutdown")
     silence.go_on.set()
@@ -1417,6 +1418,9 @@ class Seen:
         self.sse = Sse()
         list(self.sse)
 
+    def buffer(self):
+        return self.sse
+
     def source(self, mailbox, **options):
         return Source(None, lambda value: flush_sse(self.sse), mailbox=mailbox, **options)
 
@@ -1430,6 +1434,57 @@ def test_a_mailbox_may_be_taken_from_past_its_stream_where_the_buffer_can_be_loo
     reader.call(stream.outside)
     assert stream.mailbox is mailbox
     assert stream.buffer is view.sse
+
+
+@needs_loops
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_stream_lets_go_of_a_buffer_that_nobody_can_fill_when_the_first_chunks_are_out(
+    run, workers, read, mailbox, held, empty
+):
+    view = Seen()
+    source = view.source(mailbox, buffer=view.buffer, first=["first", "second"], heartbeat=15)
+    reader = read(Stream(source, workers, on_loop=True).for_server(), on_loop=True)
+    stream, buffer = reader.stream, weakref.ref(view.sse)
+    reader.call(stream.outside)
+    if not empty:
+        view.sse.add_comment("added")
+    somebody = view.sse if held else None
+    del view
+    for first in (b"first", b"second"):
+        assert reader.call(stream.take) == first
+        assert stream.buffer is not None
+    assert reader.call(stream.take) is None
+    assert stream.buffer is buffer()
+    assert (stream.buffer is None) == (empty and not held)
+    assert stream.mailbox is mailbox
+    rest = b"" if empty else b": added\n\n"
+    assert reader.call(stream.silence) == HEARTBEAT.encode() + rest
+    publish(run, "1")
+    assert reader.call(stream.take) == b"event: \ndata: 1\n\n"
+    if somebody is not None:
+        somebody.add_comment("later")
+        assert reader.call(stream.silence) == b":\n\n: later\n\n"
+
+
+@cells(("mailbox", False), ("mailbox", True))
+@pytest.mark.parametrize("held", [True, False])
+def test_a_stream_of_a_handler_lets_go_of_such_a_buffer_too(run, workers, read, mailbox, kind, on_loop, held):
+    view = Seen()
+    source = view.source(mailbox, buffer=view.buffer, first=["first"], mailboxes=opened(mailbox))
+    reader = read(Stream(source, workers, on_loop=on_loop, account=make_account()).for_server(), on_loop=on_loop)
+    buffer = weakref.ref(view.sse)
+    somebody = view.sse if held else None
+    assert reader.next() == b"first"
+    del view
+    assert buffer() is not None
+    publish(run, "1")
+    assert reader.next() == b"event: \ndata: 1\n\n"
+    assert buffer() is somebody
+    if somebody is not None:
+        somebody.add_comment("added")
+    publish(run, "2")
+    assert reader.next() == b"event: \ndata: 2\n\n" + (b": added\n\n" if held else b"")
 
 
 @needs_loops
