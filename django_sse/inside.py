@@ -55,7 +55,7 @@ class Inside:
                 raise
 
     async def _begin(self) -> _Pipe:
-        await self._stream.begin_in_handler()
+        await self._stream.begin_in_handler(self.close)
         pipe = self._pipe = _Pipe()
         delivery = Delivery(self._stream, pipe.send)
         delivery.context = None  # a pipe has no use for the request's

@@ -180,7 +180,7 @@ class Stream:
         if not self._begun:
             self._begun = True
             if self.account is not None:
-                await self.begin_in_handler()
+                await self.begin_in_handler(self.close)
         bell = self._loop_bell = LoopBell()
         self._make_feed(on_loop=True).ring_by(bell.ring)
         return bell
@@ -246,11 +246,11 @@ class Stream:
         """When the stream ends for its age (``time.monotonic()``)."""
         return self._too_old
 
-    async def begin_in_handler(self) -> None:
-        """Say that the stream is open, and give back what its request holds while it is."""
+    async def begin_in_handler(self, close: Callable[[], None]) -> None:
+        """Say that the stream is open, and give back what its request holds. ``close`` is called at the request's end."""
         try:
             await self.begin_on_loop()
-            lend(self.close)
+            lend(close)
             await arelease_connections()
         except BaseException:
             self.close()

@@ -13,7 +13,7 @@ import sse
 from asgiref.sync import SyncToAsync
 
 from django_sse.brokers.memory import MemoryBroker
-from django_sse.event import Event, encode_payload
+from django_sse.event import encode_payload
 from django_sse.feeds import CHUNK_BYTES, FEEDS, HEARTBEAT, LATE, InTask, Source, flush_sse, has_own_iter
 from django_sse.inbox import LoopBell, Mailboxes
 from django_sse.runtime import Runtime
@@ -996,26 +996,24 @@ def test_chunks_leave_as_text_or_as_bytes(text):
     source.text = text
     for chunk in ("é", "é".encode()):
         assert source.out(chunk) == ("é" if text else "é".encode())
-    assert source.frames([(Event("", "a"), b"frame")]) == ("frame" if text else b"frame")
+    assert source.with_rest(b"frame") == ("frame" if text else b"frame")
 
 
 def test_a_single_event_leaves_as_the_very_bytes_that_all_clients_get():
     source = Source(None, lambda value: ())
     source.text = False
     frame = b"frame"
-    assert source.frames([(Event("", "a"), frame)]) is frame
+    assert source.with_rest(frame) is frame
 
 
-def test_a_heartbeat_is_what_stands_for_no_event():
-    assert Source(None, lambda value: ()).frames([]) == comment().decode()
-    assert Source(None, lambda value: ("text", b"bytes")).frames([]) == comment().decode() + "textbytes"
+def test_a_heartbeat_breaks_a_silence_and_takes_along_what_the_view_adds():
+    assert Source(None, lambda value: ()).silence() == comment().decode()
+    assert Source(None, lambda value: ("text", b"bytes")).silence() == comment().decode() + "textbytes"
 
 
 def test_what_the_view_adds_goes_along_after_the_events():
     source = Source(None, lambda value: ("text", b"bytes"))
-    one, two = (Event("", "a"), b"1"), (Event("", "a"), b"2")
-    assert source.frames([one]) == "1textbytes"
-    assert source.frames([one, two]) == "12textbytes"
+    assert source.with_rest(b"1") == "1textbytes"
 
 
 class View:
@@ -1039,7 +1037,7 @@ def test_a_source_lets_go_of_its_view_where_it_needs_the_buffer_alone():
     gc.collect()
     assert view() is None
     buffer.add_comment("added")
-    assert source.frames([(Event("", "a"), b"frame")]) == b"frame: added\n\n"
+    assert source.with_rest(b"frame") == b"frame: added\n\n"
     source.detach()
 
 
