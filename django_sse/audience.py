@@ -76,13 +76,15 @@ class _Entry:
 class Cursor:
     """A place in a log: that of one subscription, or of several that go on in step."""
 
-    __slots__ = ("deserted", "is_common", "place")
+    __slots__ = ("deserted", "is_common", "members", "place")
 
     def __init__(self, place: _Entry) -> None:
         self.place = place
         #: Whether several may have it, and whether one of them has gone another way since that was last looked at.
         self.is_common = False
         self.deserted = False
+        #: How many have it, if it is common.
+        self.members = 0
 
 
 class Subscription:
@@ -154,8 +156,12 @@ class Subscription:
     def fall_out(self) -> None:
         """Go on alone from here."""
         if self._cursor.is_common:
-            self._cursor.deserted = True
-            self._cursor = Cursor(self._cursor.place)
+            cursor, self._cursor = self._cursor, Cursor(self._cursor.place)
+            cursor.deserted = True
+            cursor.members -= 1
+            if not cursor.members:
+                # Whoever steps it may be held up, and it would keep all that is published meanwhile.
+                cursor.place = _Entry(cursor.place.number, cursor.place.size)
 
     def fall_in(self, cursor: Cursor) -> bool:
         """Go on in step with the others at ``cursor``; return whether it can: it stands there, and takes what comes."""
@@ -163,6 +169,7 @@ class Subscription:
             return False
         self.fall_out()
         self._cursor = cursor
+        cursor.members += 1
         return True
 
     def is_at(self, cursor: Cursor) -> bool:

@@ -31,7 +31,10 @@ def common() -> contextvars.Context:
 def own() -> contextvars.Context | None:
     """Return the present context; ``None`` if all that is in it is what all requests find."""
     present = contextvars.copy_context()
-    return None if present == _common else present
+    # The same objects, for what is equal may be changed by one of them.
+    if len(present) == len(_common) and all(present.get(variable) is value for variable, value in _common.items()):
+        return None
+    return present
 
 
 @types.coroutine

@@ -16,6 +16,7 @@ import time
 import types
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from functools import partial
 from itertools import chain, compress, repeat
 from typing import Any, ClassVar
 
@@ -486,7 +487,7 @@ class _Share(LoopBell):
         left: list[_Row | list[Delivery]] = [*reversed(self.rows)]  # the first is taken from the end
         if self.loose:
             loose = list(self.loose)
-            left[:0] = [loose[at : at + BATCH] for at in range(0, len(loose), BATCH)]
+            left[:0] = [loose[at : at + BATCH] for at in reversed(range(0, len(loose), BATCH))]
         self._left = left
 
 
@@ -606,8 +607,9 @@ class _Pump:
         self._go_on()
 
     def _go_on(self) -> None:
-        # Not by the loop's task factory: an eager one would run it here and now.
-        self._task = asyncio.Task(self._run(), loop=self._loop)
+        # Not by the loop's task factory: an eager one would run it here and now. In a context that is new, for what a
+        # send() has set that waits now is not the others' business.
+        self._task = contexts.common().run(partial(asyncio.Task, self._run(), loop=self._loop))
         self._task.add_done_callback(self._stop)  # also if it is cancelled before it runs
 
     async def _run(self) -> None:
@@ -696,9 +698,10 @@ class _Pump:
         # Each once: what was taken is to be sent, and whose first message has to wait would not take a second one.
         for _ in range(len(self._rung)):
             share = self._rung.popleft()
-            more = False
+            more = has_room = False
             try:
                 while (several := share.few(left)) is not None:
+                    has_room = True
                     left -= len(several)
                     messages, more_waits = self._messages_alike(share, several)
                     alike.append(messages)
@@ -708,9 +711,10 @@ class _Pump:
                 raise
             finally:
                 if share.goes_on(more=more):
-                    self._rung.append(share)
+                    # One that had no room is the first next time, or it might never have any.
+                    (self._rung.append if has_room else self._rung.appendleft)(share)
             left -= 1
-            if left <= 0:
+            if left <= 0 or not has_room:
                 break
         return chain(*alike, self._messages_of_ready(), self._messages_of_timed())
 
@@ -723,7 +727,7 @@ class _Pump:
                 return iter(()), False
             chunk, more = taken
             return zip(deliveries.deliveries, repeat(_message(chunk))) if chunk else iter(()), more
-        takes = [delivery for delivery in deliveries if delivery.takes and delivery.row is None]
+        takes = [delivery for delivery in deliveries if delivery.takes]
         several = [delivery for delivery in takes if not delivery.has_own()]
         if len(several) < len(takes):
             self._ready.extend(delivery for delivery in takes if delivery.has_own())

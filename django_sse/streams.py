@@ -247,7 +247,7 @@ class Stream:
         return self._too_old
 
     async def begin_in_handler(self, close: Callable[[], None]) -> None:
-        """Say that the stream is open, and give back what its request holds. ``close`` is called at the request's end."""
+        """Say that the stream is open, and give back what its request holds. ``close`` is called when that ends."""
         try:
             await self.begin_on_loop()
             lend(close)

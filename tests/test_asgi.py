@@ -1,13 +1,14 @@
 """The application around Django's: every request is Django's own, and its stream goes on when that has ended."""
 
 import asyncio
+import contextvars
 
 import pytest
 from django.core.asgi import get_asgi_application as get_django_application
 from django.http import HttpResponse
 from django.urls import path
 
-from django_sse import asgi
+from django_sse import asgi, contexts
 from django_sse.asgi import SseApplication, get_asgi_application
 from django_sse.redisqueue import RedisQueueView, send_event
 from django_sse.registry import open_streams
@@ -67,6 +68,12 @@ EVERY_STREAM = pytest.mark.parametrize("name", ["sync", "async", "queue"])
 def _project():
     with project(__name__):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_server(monkeypatch):
+    """No server has begun, and none is left for other tests that has."""
+    monkeypatch.setattr(contexts, "_common", contextvars.Context())
 
 
 async def begun(exchange, name):
@@ -375,3 +382,86 @@ def test_a_lifespan_that_django_refuses_is_refused_as_ever(monkeypatch):
             await get_asgi_application()({"type": "lifespan"}, None, None)
 
     asyncio.run(main())
+
+
+# --- contexts ---
+
+variable = contextvars.ContextVar("variable")
+
+
+async def live(application):
+    """Be a server that begins, for an application that has a lifespan."""
+    await application({"type": "lifespan"}, None, None)
+
+
+async def sets(scope, receive, send):
+    """An application that sets something, whatever it is asked for."""
+    variable.set(f"the application's, of {scope['type']}")
+
+
+@pytest.fixture
+def contexts_of_deliveries(monkeypatch):
+    seen = []
+
+    class Delivery(asgi.Delivery):
+        def __init__(self, stream, send):
+            super().__init__(stream, send)
+            seen.append(self.context)
+
+    monkeypatch.setattr(asgi, "Delivery", Delivery)
+    return seen
+
+
+def test_all_requests_find_what_is_there_when_the_lifespan_begins(monkeypatch):
+    monkeypatch.setattr(asgi.shutdown, "install", lambda: None)
+
+    async def main():
+        variable.set("the server's")
+        await SseApplication(sets)({"type": "websocket"}, None, None)
+        assert len(contexts.common()) == 0
+        variable.set("the server's")
+        await live(SseApplication(sets))
+        assert contexts.common()[variable] == "the server's"
+
+    asyncio.run(main())
+
+
+def test_what_the_application_sets_for_a_request_ends_with_it():
+    """Its task goes on for as long as the stream is open, and a server's task may see to several requests."""
+
+    async def main():
+        await SseApplication(sets)(http_scope(), None, None)
+        assert variable.get(None) is None
+
+    asyncio.run(main())
+
+
+@EVERY_STREAM
+def test_a_stream_keeps_nothing_of_a_request_around_which_nothing_stands(name, monkeypatch, contexts_of_deliveries):
+    monkeypatch.setattr(asgi.shutdown, "install", lambda: None)
+    django = get_django_application()
+
+    async def between(scope, receive, send):
+        await sets(scope, receive, send)
+        if scope["type"] == "http":
+            await django(scope, receive, send)
+
+    application = SseApplication(between)
+
+    async def around(scope, receive, send):
+        await sets(scope, receive, send)
+        await application(scope, receive, send)
+
+    async def main():
+        contextvars.ContextVar("the server's").set(1)
+        await asyncio.create_task(live(application))
+        for each in (application, around):
+            exchange = Exchange(each, f"/{name}")
+            await begun(exchange, name)
+            exchange.leave()
+            await exchange.over()
+
+    asyncio.run(main())
+    without, own = contexts_of_deliveries
+    assert without is None
+    assert own[variable] == "the application's, of http"

@@ -372,6 +372,335 @@ def test_bytes_count_as_taken_with_others_only_if_they_were():
     assert two.bytes_alike == 5
 
 
+# --- several in step ---
+
+
+def fall_in(*subscriptions):
+    """Have them go on in step, from where the first of them stands; return at which cursor."""
+    cursor = subscriptions[0].audience.common_cursor(subscriptions[0])
+    for subscription in subscriptions:
+        assert subscription.fall_in(cursor)
+    return cursor
+
+
+def step(cursor, *subscriptions, max_bytes=1000):
+    """Take for those at `cursor`, one of whom is the first of `subscriptions`."""
+    return subscriptions[0].audience.step(cursor, max_bytes)
+
+
+def test_those_who_stand_at_one_place_may_fall_in():
+    hub = Hub()
+    early = [subscribe(hub, "a") for _ in range(2)]
+    publish(hub, "a", "1")
+    late = subscribe(hub, "a")
+    publish(hub, "a", "2")
+    early[0].take(1)
+    cursor = early[0].audience.common_cursor(early[0])
+    assert not any(each.is_at(cursor) for each in (*early, late))
+    assert [each.fall_in(cursor) for each in (early[1], late, early[0])] == [False, True, True]
+    assert [each.is_at(cursor) for each in (*early, late)] == [True, False, True]
+    assert not cursor.deserted
+    assert step(cursor, late) == (b"2", False)
+    assert texts(early[1].take()) == ["1", "2"]
+
+
+def test_who_has_come_to_where_the_others_stand_may_fall_in():
+    hub = Hub()
+    one, two, late = [subscribe(hub, "a") for _ in range(3)]
+    cursor = fall_in(one, two)
+    publish(hub, "a", "1", "2")
+    step(cursor, one)
+    assert not late.fall_in(cursor)
+    assert advance(late) == ([b"12"], False)
+    assert late.fall_in(cursor)
+    publish(hub, "a", "3")
+    assert step(cursor, one) == (b"3", False)
+    assert [texts(each.take()) for each in (one, two, late)] == [[], [], []]
+
+
+@pytest.mark.parametrize("reason", ["shutdown", "client", "abandoned"])
+@pytest.mark.parametrize("waiting", [0, 2])
+def test_who_has_ended_does_not_fall_in(reason, waiting):
+    hub = Hub()
+    ended, other = subscribe(hub, "a"), subscribe(hub, "a")
+    for text in "12"[:waiting]:
+        publish(hub, "a", text)
+    if reason == "abandoned":  # as `Listener.leave()` does, which takes no lock
+        ended.ended = reason
+    else:
+        ended.end(reason, clear=reason == "client")
+    for each in (ended, other):
+        assert not ended.fall_in(each.audience.common_cursor(each))
+
+
+def test_who_is_slow_does_not_fall_in_until_it_has_caught_up():
+    hub = Hub()
+    slow = subscribe(hub, "a")
+    slow.be_slow()
+    publish(hub, "a", "1")
+    assert not slow.fall_in(slow.audience.common_cursor(slow))
+    assert texts(slow.take()) == ["1"]
+    assert not slow.fall_in(slow.audience.common_cursor(slow))
+    assert slow.take() == []
+    assert slow.fall_in(slow.audience.common_cursor(slow))
+
+
+def test_who_is_behind_does_not_fall_in_until_it_stands_in_the_log_again():
+    process = Process(a=100)
+    process.publish("a", 3)
+    behind, other = process.join("a", process.at(a=0), max_events=4), process.join("a", max_events=4)
+    taken = 0
+    while behind.is_behind:
+        assert not behind.slow
+        for each in (behind, other):
+            assert not behind.fall_in(each.audience.common_cursor(each))
+        taken += len(behind.take(1))
+    assert taken == 3
+    cursor = fall_in(other, behind)
+    process.publish("a")
+    chunk, _ = step(cursor, other)
+    assert chunk.endswith(b"data: a4\n\n")
+
+
+def test_who_falls_in_elsewhere_has_gone_another_way():
+    hub = Hub()
+    one, two, three = [subscribe(hub, "a") for _ in range(3)]
+    before = fall_in(one, two)
+    after = fall_in(three, two)
+    assert (before.deserted, after.deserted) == (True, False)
+    assert [each.is_at(before) for each in (one, two, three)] == [True, False, False]
+    assert [each.is_at(after) for each in (one, two, three)] == [False, True, True]
+    publish(hub, "a", "1")
+    assert step(before, one) == (b"1", False)
+    assert (len(one), len(two), len(three)) == (0, 1, 1)
+    assert step(after, two) == (b"1", False)
+    assert (len(one), len(two), len(three)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("max_bytes", [*range(1, 8), 60])
+def test_a_step_takes_what_would_be_taken_for_each(max_bytes):
+    hub = Hub()
+    in_step, alone = [subscribe(hub, "a") for _ in range(2)], [subscribe(hub, "a") for _ in range(2)]
+    cursor = fall_in(*in_step)
+    for some in (["12", "34", "56"], ["7"], []):
+        for text in some:
+            publish(hub, "a", text)
+        for _ in range(2):
+            chunks, more = advance(*alone, max_bytes=max_bytes)
+            assert step(cursor, *in_step, max_bytes=max_bytes) == (chunks[0], more)
+            for one, other in zip(in_step, alone, strict=True):
+                assert (one.events, one.bytes_alike, len(one)) == (other.events, other.bytes_alike, len(other))
+                assert one._place is other._place
+                assert (one.crowded, one.drained) == (other.crowded, other.drained)
+    assert not cursor.deserted
+
+
+def test_a_step_where_nothing_waits_is_nothing():
+    hub = Hub()
+    one, two = subscribe(hub, "a"), subscribe(hub, "a")
+    cursor = fall_in(one, two)
+    assert step(cursor, one) == (b"", False)
+    publish(hub, "a", "1")
+    assert step(cursor, one) == (b"1", False)
+    assert step(cursor, one) == (b"", False)
+    assert (one.events, two.bytes_alike) == (1, 1)
+
+
+def test_a_single_event_is_given_to_those_in_step_as_the_very_frame():
+    hub = Hub()
+    one, two = subscribe(hub, "a"), subscribe(hub, "a")
+    cursor = fall_in(one, two)
+    frame = b"frame"
+    hub.publish("a", Event("", "1"), frame)
+    assert step(cursor, one)[0] is frame
+
+
+def takes_one(hub, subscription):
+    return texts(subscription.take(1))
+
+
+def takes_all(hub, subscription):
+    return texts(subscription.take())
+
+
+def takes_a_chunk(hub, subscription):
+    chunk, _ = subscription.take_chunk(1)
+    return [chunk.decode()]
+
+
+def takes_as_others_do(hub, subscription):
+    [chunk], _ = advance(subscription, max_bytes=1)
+    return [chunk.decode()]
+
+
+def is_slow(hub, subscription):
+    subscription.be_slow()
+    assert advance(subscription)[0] == [None]
+    return []
+
+
+def falls_out(hub, subscription):
+    subscription.fall_out()
+    return []
+
+
+def is_ended(hub, subscription):
+    subscription.end("shutdown")
+    hub.remove(subscription)
+    return []
+
+
+WAYS_OUT = [takes_one, takes_all, takes_a_chunk, takes_as_others_do, is_slow, falls_out, is_ended]
+
+
+@pytest.mark.parametrize("way", WAYS_OUT)
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("before", [0, 2])
+def test_who_goes_another_way_loses_nothing_and_gets_nothing_twice_and_neither_do_the_others(way, which, before):
+    hub = Hub()
+    several = [subscribe(hub, "a") for _ in range(3)]
+    cursor = fall_in(*several)
+    for text in "12"[:before]:
+        publish(hub, "a", text)
+    step(cursor, *several)
+    publish(hub, "a", "3", "4")
+    gone = several.pop(which)
+    seen = way(hub, gone)
+    assert cursor.deserted
+    assert not gone.is_at(cursor)
+    assert all(each.is_at(cursor) for each in several)
+    assert (gone.events, len(gone)) == (before + len(seen), 2 - len(seen))
+    assert [(each.events, len(each)) for each in several] == [(before, 2)] * 2
+    assert step(cursor, *several) == (b"34", False)
+    publish(hub, "a", "5")
+    assert step(cursor, *several) == (b"5", False)
+    assert seen + texts(gone.take()) == ["3", "4"] + ["5"] * (way is not is_ended)
+    assert (gone.events, gone.bytes_alike) == (before + 3 - (way is is_ended), before + (way is takes_as_others_do))
+    assert [(each.events, each.bytes_alike) for each in several] == [(before + 3, before + 3)] * 2
+
+
+@pytest.mark.parametrize("waiting", [0, 2])
+def test_who_is_cleared_goes_another_way_and_gets_nothing_more(waiting):
+    hub = Hub()
+    one, gone = subscribe(hub, "a"), subscribe(hub, "a")
+    cursor = fall_in(one, gone)
+    for text in "12"[:waiting]:
+        publish(hub, "a", text)
+    gone.end("client", clear=True)
+    assert cursor.deserted
+    assert (one.is_at(cursor), gone.is_at(cursor)) == (True, False)
+    publish(hub, "a", "3")
+    assert step(cursor, one) == (b"12"[:waiting] + b"3", False)
+    assert (gone.take(), gone.events, gone.bytes_alike) == ([], 0, 0)
+
+
+def test_who_is_abandoned_goes_another_way_when_the_audience_looks_at_it():
+    """`Listener.leave()` takes no lock, so it can only say so."""
+    hub = Hub()
+    one, gone = subscribe(hub, "a", max_events=4), subscribe(hub, "a", max_events=4)
+    cursor = fall_in(one, gone)
+    gone.ended = "abandoned"
+    for number in range(1, 5):
+        publish(hub, "a", str(number))
+        assert step(cursor, one) == (str(number).encode(), False)
+    assert cursor.deserted
+    assert (one.is_at(cursor), gone.is_at(cursor)) == (True, False)
+    assert gone.take() == []
+
+
+def test_who_takes_in_vain_stays_in_step():
+    hub = Hub()
+    one, two = subscribe(hub, "a"), subscribe(hub, "a")
+    cursor = fall_in(one, two)
+    publish(hub, "a", "1")
+    step(cursor, one)
+    assert one.take() == []
+    assert advance(one, two) == ([b"", b""], False)
+    publish(hub, "a", "2")
+    assert two.take(0) == []
+    assert not cursor.deserted
+    assert one.is_at(cursor)
+    assert two.is_at(cursor)
+    assert step(cursor, one) == (b"2", False)
+
+
+def test_who_goes_alone_deserts_nobody():
+    hub = Hub()
+    one, two, alone = [subscribe(hub, "a") for _ in range(3)]
+    cursor = fall_in(one, two)
+    two.fall_out()
+    cursor.deserted = False
+    publish(hub, "a", "1")
+    two.fall_out()
+    two.take()
+    two.be_slow()
+    alone.fall_out()
+    alone.end("client", clear=True)
+    assert not cursor.deserted
+
+
+def test_those_in_step_are_crowded_together_and_no_longer_when_they_have_taken():
+    hub = Hub()
+    several = [subscribe(hub, "a", max_events=4) for _ in range(2)]
+    cursor = fall_in(*several)
+    for _ in range(3):
+        assert publish(hub, "a", "1", "2").crowded == []
+        assert publish(hub, "a", "3").crowded == several
+        assert all(each.crowded for each in several)
+        assert step(cursor, *several) == (b"123", False)
+        assert not any(each.crowded for each in several)
+    assert [each.ended for each in several] == [None, None]
+
+
+@pytest.mark.parametrize("bounds", [{"max_events": 3}, {"max_bytes": 3}], ids=["events", "bytes"])
+def test_those_in_step_overflow_together_and_still_get_what_waited(bounds):
+    hub = Hub()
+    several = [subscribe(hub, "a", **bounds) for _ in range(2)]
+    ahead = subscribe(hub, "a", **bounds)
+    cursor = fall_in(*several)
+    publish(hub, "a", "1")
+    step(cursor, *several)
+    assert publish(hub, "a", "2", "3", "4").ended == [ahead]
+    outcome = publish(hub, "a", "5")
+    assert outcome.ended == several
+    assert [each.ended for each in several] == ["overflow"] * 2
+    assert cursor.deserted
+    assert not any(each.is_at(cursor) for each in several)
+    assert several[0]._place is several[1]._place
+    assert [texts(each.take()) for each in several] == [["2", "3", "4"]] * 2
+    assert [each.events for each in several] == [4, 4]
+
+
+@pytest.mark.parametrize("bounds", [{"max_events": 2}, {"max_bytes": 2}], ids=["events", "bytes"])
+def test_what_those_in_step_have_taken_makes_room(bounds):
+    hub = Hub()
+    several = [subscribe(hub, "a", **bounds) for _ in range(2)]
+    cursor = fall_in(*several)
+    for _ in range(5):
+        assert publish(hub, "a", "1", "2").ended == []
+        assert step(cursor, *several) == (b"12", False)
+    assert not cursor.deserted
+
+
+def test_those_in_step_who_cannot_keep_up_are_behind_and_get_all_that_they_have_missed():
+    process = Process(a=100)
+    several = [process.join("a", max_events=4) for _ in range(2)]
+    cursor = fall_in(*several)
+    process.publish("a", 2)
+    step(cursor, *several)
+    assert process.publish("a", 5).behind == several
+    assert cursor.deserted
+    assert not any(each.is_at(cursor) for each in several)
+    expected = ["a3", "a4", "a5", "a6", "a7"]
+    assert [process.all_of(each) for each in several] == [expected, expected]
+    assert [each.events for each in several] == [7, 7]
+    again = fall_in(*several)
+    process.publish("a")
+    chunk, more = step(again, *several)
+    assert (chunk.endswith(b"data: a8\n\n"), more) == (True, False)
+    assert [each.bytes_alike for each in several] == [several[0].bytes_alike] * 2
+
+
 # --- with history: where one begins ---
 
 
@@ -1332,6 +1661,78 @@ def test_the_log_keeps_what_somebody_still_has_to_take_and_nothing_else(how):
     for taken in range(1, 7):
         take(behind, 1)
         assert [thing() is None for thing in things] == [True] * taken + [False] * (6 - taken)
+
+
+@pytest.mark.usefixtures("_no_collector")
+def test_nothing_is_kept_of_what_all_in_step_have_passed():
+    hub = Hub()
+    one, two, out = [subscribe(hub, "a") for _ in range(3)]
+    cursor = fall_in(one, two, out)
+    out.fall_out()
+    things = [publish_thing(hub) for _ in range(6)]
+    assert len(out.take()) == 6
+    assert None not in [thing() for thing in things]
+    for taken in range(1, 7):
+        step(cursor, one, max_bytes=len(b"frame"))
+        assert [thing() is None for thing in things] == [True] * taken + [False] * (6 - taken)
+    assert two.is_at(cursor)
+
+
+@pytest.mark.usefixtures("_no_collector")
+@pytest.mark.parametrize("end", [ends_for_good, ends_with_what_waits, is_removed])
+@pytest.mark.parametrize("waiting", [0, 1, 5])
+def test_who_has_ended_in_step_keeps_nothing_that_is_published_later(end, waiting):
+    hub = Hub()
+    ended, other, third = [subscribe(hub, "a") for _ in range(3)]
+    cursor = fall_in(ended, other, third)
+    for _ in range(waiting):
+        publish_thing(hub)
+    end(hub, ended)
+    later = publish_thing(hub)
+    assert later() is not None
+    step(cursor, other)
+    publish_thing(hub)
+    step(cursor, other)
+    assert later() is None
+
+
+def all_are_slow(hub, several):
+    for each in several:
+        each.be_slow()
+
+
+def all_overflow(hub, several):
+    for _ in range(8):
+        publish_thing(hub)
+    assert all(each.ended == "overflow" for each in several)
+
+
+def all_are_ended(hub, several):
+    for each in several:
+        ends_with_what_waits(hub, each)
+
+
+def all_go_elsewhere(hub, several):
+    fall_in(*several)
+
+
+@pytest.mark.usefixtures("_no_collector")
+@pytest.mark.parametrize("leave", [all_are_slow, all_overflow, all_are_ended, all_go_elsewhere])
+def test_a_cursor_that_all_have_left_keeps_nothing(leave):
+    """Who steps may be held up, and look at it much later: until then more may come than any mailbox may hold."""
+    hub = Hub()
+    several, other = [subscribe(hub, "a") for _ in range(2)], subscribe(hub, "a")
+    cursor = fall_in(*several)
+    for _ in range(3):
+        publish_thing(hub)
+    other.take()
+    leave(hub, several)
+    assert cursor.deserted
+    other.take()
+    later = publish_thing(hub)
+    for each in (*several, other):
+        each.take()
+    assert later() is None
 
 
 @pytest.mark.usefixtures("_no_collector")

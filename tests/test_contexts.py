@@ -168,3 +168,96 @@ def test_what_was_set_is_freed_with_the_coroutine_though_the_task_goes_on():
         return requests[0]()
 
     assert asyncio.run(main()) is None
+
+
+# --- what all requests find ---
+
+
+@pytest.fixture(autouse=True)
+def _no_server(monkeypatch):
+    """No server has begun, whatever other tests have done."""
+    monkeypatch.setattr(contexts, "_common", contextvars.Context())
+
+
+def within(function, value=None, context=None):
+    """Call `function` where `variable` has this value."""
+
+    def call():
+        if value is not None:
+            variable.set(value)
+        return function()
+
+    return (context or contextvars.copy_context()).run(call)
+
+
+def values(context):
+    return [value for var, value in context.items() if var is variable]
+
+
+def test_before_a_server_has_begun_all_requests_find_nothing():
+    assert len(contexts.common()) == 0
+    assert contextvars.Context().run(contexts.own) is None
+    assert values(within(contexts.own, "mine")) == ["mine"]
+
+
+def test_all_requests_find_what_was_there_when_the_server_began():
+    within(contexts.begin, "the server's")
+    assert values(contexts.common()) == ["the server's"]
+    assert values(contextvars.copy_context()) == []
+
+
+def test_a_server_that_begins_later_takes_the_place_of_the_first():
+    within(contexts.begin, "the first's")
+    within(contexts.begin, "the second's")
+    assert values(contexts.common()) == ["the second's"]
+
+
+def test_what_is_set_after_the_server_has_begun_is_not_what_all_requests_find():
+    context = contextvars.copy_context()
+    within(contexts.begin, "the server's", context)
+    context.run(variable.set, "later")
+    contexts.common().run(variable.set, "by somebody who was given it")
+    assert values(contexts.common()) == ["the server's"]
+
+
+def test_a_request_has_a_context_of_its_own_where_something_was_set_for_it():
+    within(contexts.begin, "the server's")
+    common = contexts.common()
+    assert common.run(contexts.own) is None
+    assert contexts.common().run(within, contexts.own) is None  # a copy is as good
+    own = within(contexts.own, "mine", contexts.common())
+    assert values(own) == ["mine"]
+    assert values(contexts.common()) == ["the server's"]
+
+
+def test_a_request_has_a_context_of_its_own_where_something_is_missing_or_more():
+    other = contextvars.ContextVar("other")
+    within(contexts.begin, "the server's")
+    assert values(contextvars.Context().run(contexts.own)) == []
+
+    def more():
+        other.set(1)
+        return contexts.own()
+
+    assert contexts.common().run(more)[other] == 1
+
+
+def test_what_was_set_for_a_request_and_reset_is_as_if_it_had_never_been():
+    within(contexts.begin, "the server's")
+
+    def request():
+        token = variable.set("mine")
+        variable.reset(token)
+        return contexts.own()
+
+    assert contexts.common().run(request) is None
+
+
+def test_what_is_set_later_is_in_no_context_that_was_given_before():
+    def request():
+        variable.set("first")
+        own = contexts.own()
+        variable.set("second")
+        return own
+
+    assert values(contextvars.copy_context().run(request)) == ["first"]

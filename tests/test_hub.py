@@ -17,6 +17,8 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
+    multiple,
+    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -691,6 +693,20 @@ class Client:
         return given
 
 
+@dataclass(eq=False)
+class Rank:
+    """Clients that go on in step, in lists."""
+
+    audience: object
+    cursor: object
+    #: What a client has waiting that stands there.
+    place: Client
+    members: list[Client] = field(default_factory=list)
+    begun: bool = False
+    #: Whether one has gone another way since that was last looked at.
+    deserted: bool = False
+
+
 CHANNELS = st.sampled_from("abc")
 
 
@@ -698,11 +714,13 @@ class HubAgainstLists(RuleBasedStateMachine):
     """Whatever is done in whatever order, the hub says and holds what a dict of lists would."""
 
     clients = Bundle("clients")
+    ranks = Bundle("ranks")
 
     def __init__(self):
         super().__init__()
         self.hub = Hub()
         self.known = {}  # client -> its subscription, for the clients that ever were
+        self.in_ranks = []  # all that ever were
         self.listeners = {}  # channel -> its clients, in the order in which they came
         self.bells = {}  # audience -> its bell
         self.published = 0
@@ -726,6 +744,11 @@ class HubAgainstLists(RuleBasedStateMachine):
             claim(subscription)
         return client
 
+    @rule(target=clients, client=clients, claimed=st.booleans())
+    def subscribe_too(self, client, claimed):
+        """Have another one get what that one gets."""
+        return self.subscribe(client.channels, client.max_events, client.max_bytes, claimed)
+
     @rule(channel=CHANNELS, size=st.integers(0, 8))
     def publish(self, channel, size):
         self.published += 1
@@ -738,6 +761,7 @@ class HubAgainstLists(RuleBasedStateMachine):
                 continue
             if not client.fits(text):
                 client.ended = "overflow"
+                self.goes_alone(client)
                 gone.append(client)
                 if client.claimed:
                     ended.append(client)
@@ -748,6 +772,9 @@ class HubAgainstLists(RuleBasedStateMachine):
             client.waiting.append(text)
             if client.claimed and not client.slow and client.crowded:
                 crowded.append(client)
+        for rank in self.in_ranks:
+            if channel in rank.place.channels:
+                rank.place.waiting.append(text)
         audiences = {self.known[client].audience for client in listeners}
         wake += [self.bells[audience] for audience in audiences if audience in self.bells]
         outcome = publish(self.hub, channel, text)
@@ -757,6 +784,7 @@ class HubAgainstLists(RuleBasedStateMachine):
             if client.abandoned is not None and self.known[client] not in left:
                 client.abandoned = None
                 client.waiting = []
+                self.goes_alone(client)
                 gone.append(client)
         idle = [channel for client in gone for channel in self.forget(client)]
         assert Counter(woken(outcome)) == Counter(wake)
@@ -764,15 +792,26 @@ class HubAgainstLists(RuleBasedStateMachine):
         assert Counter(outcome.ended) == Counter(self.known[client] for client in ended)
         assert Counter(outcome.idle) == Counter(idle)
 
-    @rule(client=clients, limit=st.none() | st.integers(0, 3), max_bytes=st.none() | st.integers(1, 12))
-    def take(self, client, limit, max_bytes):
+    @rule(
+        client=clients,
+        limit=st.none() | st.integers(0, 3),
+        max_bytes=st.none() | st.integers(1, 12),
+        as_chunk=st.booleans(),
+    )
+    def take(self, client, limit, max_bytes, as_chunk):
         if client.abandoned is not None:
             return
         taken = client.take(limit, max_bytes)
+        if taken:
+            self.goes_alone(client)
         if not client.waiting and client.ended is None:
             client.alert = not client.shared
             client.slow = client.slow and bool(taken)
-        assert texts(self.known[client].take(limit, max_bytes)) == taken
+        if as_chunk and limit is None and max_bytes is not None:
+            is_all = not client.waiting and client.ended is None and not client.slow
+            assert self.known[client].take_chunk(max_bytes) == ("".join(taken).encode(), is_all)
+        else:
+            assert texts(self.known[client].take(limit, max_bytes)) == taken
 
     @rule(client=clients, seed=st.randoms(use_true_random=False), max_bytes=st.integers(1, 12))
     def advance(self, client, seed, max_bytes):
@@ -788,6 +827,8 @@ class HubAgainstLists(RuleBasedStateMachine):
             else:
                 expected.append("".join(each.take(None, max_bytes)).encode())
                 each.alike += len(expected[-1])
+                if expected[-1]:
+                    self.goes_alone(each)
                 more = more or bool(each.waiting)
             same.setdefault(place, []).append(len(expected) - 1)
         chunks, said_more = audience.advance([self.known[each] for each in several], max_bytes)
@@ -796,6 +837,66 @@ class HubAgainstLists(RuleBasedStateMachine):
         for place, indices in same.items():
             if isinstance(place, tuple):
                 assert len({id(chunks[index]) for index in indices if chunks[index] is not None}) <= 1
+
+    @rule(target=ranks, client=clients, seed=st.randoms(use_true_random=False))
+    def rank(self, client, seed):
+        """Where a client stands, who need not be able to join it."""
+        if client.ended is not None:
+            return multiple()
+        subscription = self.known[client]
+        place = Client(client.channels, 0, 0, False, waiting=list(client.waiting))
+        rank = Rank(subscription.audience, subscription.audience.common_cursor(subscription), place)
+        self.in_ranks.append(rank)
+        self._fall_in(rank, [client])
+        self.fall_in(rank, seed)
+        return rank
+
+    @rule(rank=ranks, seed=st.randoms(use_true_random=False))
+    def fall_in(self, rank, seed):
+        if rank.begun and not rank.members:
+            return  # when all have gone another way it is of no use any more
+        several = [each for each in self.known if self.known[each].audience is rank.audience]
+        self._fall_in(rank, seed.sample(several, seed.randint(0, len(several))))
+
+    def _fall_in(self, rank, several):
+        for each in several:
+            may = each.ended is None and not each.slow and each.waiting == rank.place.waiting
+            if each not in rank.members:
+                assert self.known[each].fall_in(rank.cursor) == may
+                if may:
+                    self.goes_alone(each)
+                    rank.members.append(each)
+                    rank.begun = True
+
+    @precondition(lambda self: any(rank.members for rank in self.in_ranks))
+    @rule(number=st.integers(0, 3), max_bytes=st.integers(1, 12))
+    def step(self, number, max_bytes):
+        ranks = [rank for rank in self.in_ranks if rank.members]
+        rank = ranks[number % len(ranks)]
+        given = rank.place.take(None, max_bytes)
+        for each in rank.members:
+            each.alike += len("".join(given))
+            if each.abandoned is None:
+                assert each.take(None, max_bytes) == given
+            else:
+                each.taken += len(given)
+        expected = "".join(given).encode(), bool(rank.place.waiting)
+        assert rank.audience.step(rank.cursor, max_bytes) == expected
+
+    @rule(rank=ranks)
+    def muster(self, rank):
+        rank.deserted = rank.cursor.deserted = False
+
+    @rule(client=clients)
+    def falls_out(self, client):
+        self.goes_alone(client)
+        self.known[client].fall_out()
+
+    def goes_alone(self, client):
+        for rank in self.in_ranks:
+            if client in rank.members:
+                rank.members.remove(client)
+                rank.deserted = True
 
     @rule(client=clients)
     def share(self, client):
@@ -819,6 +920,7 @@ class HubAgainstLists(RuleBasedStateMachine):
             client.abandoned, clear = None, True
         if clear:
             client.waiting = []
+        self.goes_alone(client)
         self.known[client].end(reason, clear=clear)
         assert self.hub.remove(self.known[client]) == self.forget(client)
 
@@ -830,11 +932,16 @@ class HubAgainstLists(RuleBasedStateMachine):
 
     @rule(client=clients)
     def is_given_up(self, client):
-        client.slow = self.known[client].slow = True
+        self.known[client].be_slow()
+        client.slow = True
+        self.goes_alone(client)
 
     @rule(client=clients, slow=st.booleans())
     def is_said_to_be_slow(self, client, slow):
-        client.slow = self.known[client].slow = slow
+        if slow:
+            self.is_given_up(client)
+        else:
+            client.slow = self.known[client].slow = False
         self.known[client].audience.look_again()
 
     @rule(client=clients)
@@ -870,13 +977,20 @@ class HubAgainstLists(RuleBasedStateMachine):
                 assert subscription.crowded == client.crowded
 
     @invariant()
+    def those_in_step_are_so_and_nobody_else(self):
+        for rank in self.in_ranks:
+            assert rank.cursor.deserted == rank.deserted
+            for client, subscription in self.known.items():
+                assert subscription.is_at(rank.cursor) == (client in rank.members)
+
+    @invariant()
     def an_abandoned_one_is_forgotten_before_it_would_be_full(self):
         for client in self.known:
             assert client.abandoned is None or client.abandoned <= client.max_events
 
 
 TestHubAgainstLists = HubAgainstLists.TestCase
-TestHubAgainstLists.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
+TestHubAgainstLists.settings = settings(deadline=None, max_examples=100, stateful_step_count=40)
 
 
 # --- all of it at once, with history: one broker, several processes, several clients ---
@@ -904,6 +1018,8 @@ class Worker:
         self.fetches_begun = 0
         self._fetch = iter(())
         self.failing = None
+        #: By audience, clients that go on in step.
+        self.rows = {}
 
     def receives(self, channel, call):
         if self.connected and channel in self.heard:
@@ -972,6 +1088,37 @@ class Worker:
                 else:
                     client.leave()
                 yield "placed"
+
+
+class Row:
+    """Clients that go on in step, by their subscription, as their stream serves them."""
+
+    def __init__(self, subscription):
+        self.audience = subscription.audience
+        self.cursor = self.audience.common_cursor(subscription)
+        self.clients = {}
+
+    def add(self, client):
+        """Have it go in step, if it can."""
+        if client.subscription not in self.clients and client.subscription.fall_in(self.cursor):
+            self.clients[client.subscription] = client
+
+    def muster(self):
+        """Drop those who have gone another way; none has, unless that is said."""
+        here = {each: client for each, client in self.clients.items() if each.is_at(self.cursor)}
+        assert self.cursor.deserted or here == self.clients
+        self.cursor.deserted = False
+        self.clients = here
+
+    def step(self, max_bytes):
+        """Send all of them what waits; return whether there was something."""
+        chunk, _ = self.audience.step(self.cursor, max_bytes)
+        for subscription, client in self.clients.items():
+            assert client.subscription is subscription
+            client.see_all()
+            client._sent.extend(blocks(chunk))
+            client.awake = bool(chunk)
+        return bool(chunk)
 
 
 class Browser:
@@ -1070,6 +1217,12 @@ class Browser:
         subscription.wake = self.wake
         # Or two resets: of several channels, for different reasons.
         assert len(subscription) <= max(2, self.bounds["max_events"]) or self._may_overflow
+        row = self.worker.rows.get(subscription.audience)
+        if row is not None:
+            row.muster()
+            if subscription in row.clients:
+                row.step(max_bytes or 1000)
+                return
         if self.shared:
             [chunk], _ = subscription.audience.advance([subscription], max_bytes or 1000)
             if chunk is not None:
@@ -1087,6 +1240,16 @@ class Browser:
             self.leave()
             return
         self.awake = subscription.ended is not None or (bool(taken) and not subscription.drained)
+
+    def fall_in(self):
+        """Go in step with the others who get the same and stand where it does, or begin to."""
+        if self.opened and self.shared:
+            rows, audience = self.worker.rows, self.subscription.audience
+            if audience in rows:
+                rows[audience].muster()
+            if audience not in rows or not rows[audience].clients:
+                rows[audience] = Row(self.subscription)
+            rows[audience].add(self)
 
     def check_end(self):
         ended = self.subscription.ended
@@ -1156,7 +1319,17 @@ BROWSERS = st.integers(0, 3)
 FEW = st.integers(1, 5)
 SEEDS = st.integers(0, 2**32 - 1)
 #: What happens all the time, and how often.
-USUAL = {"publish": 4, "take": 7, "deliver": 4, "fetch": 3, "returns": 3, "connect": 1, "cut": 1, "accident": 1}
+USUAL = {
+    "publish": 4,
+    "take": 7,
+    "deliver": 4,
+    "fetch": 3,
+    "falls": 5,
+    "returns": 3,
+    "connect": 1,
+    "cut": 1,
+    "accident": 1,
+}
 ACCIDENTS = ["flush", "save", "restore", "time", "shrink", "fail", "without history"]
 #: Channels, bounds, whether the view has its own way of a reset, and whether it is served with others.
 OPTIONS = st.sampled_from(
@@ -1164,6 +1337,8 @@ OPTIONS = st.sampled_from(
         *product(["a"], [2, 10], [10_000], [False], [False]),
         *product(["a", "b", "ab"], [1, 2, 4], [10_000, 150], [False, True], [False, True]),
         *product(["ba", "ap", "bpa"], [1, 4], [10_000], [False, True], [False, True]),
+        # Those that often go in step: they seldom cannot keep up.
+        *product(["a", "ba", "ap"], [6, 12, 30], [10_000], [False, True], [True]),
     ]
 )
 
@@ -1189,7 +1364,8 @@ class HubsAgainstOneBroker(RuleBasedStateMachine):
         self.clients = []
         self.published = 0
 
-    @initialize(several=st.tuples(*[OPTIONS] * 4), seed=SEEDS)
+    # Or pairs who get the same: only these go in step.
+    @initialize(several=st.tuples(*[OPTIONS] * 4) | st.tuples(OPTIONS, OPTIONS).map(lambda two: two * 2), seed=SEEDS)
     def there_are(self, several, seed):
         self.clients = [Browser(self, *options) for options in several]
         self.a_while_passes(seed)
@@ -1237,6 +1413,24 @@ class HubsAgainstOneBroker(RuleBasedStateMachine):
     def takes(self, number, limit=None, max_bytes=None):
         if self.client(number).worker is not None:
             self.client(number).take(limit, max_bytes)
+
+    @rule(number=BROWSERS, how=st.sampled_from(["in", "in", "in", "out", "slow"]))
+    def falls(self, number, how):
+        """In, to go in step with others; or out, maybe because it does not take what it is sent."""
+        client = self.client(number)
+        if client.worker is None:
+            return
+        if how == "in":
+            worker, audience = client.worker, client.subscription.audience
+            for each in self.clients:
+                if each.worker is worker and each.subscription.audience is audience:
+                    each.take()
+                    if each.worker is not None:
+                        each.fall_in()
+        elif how == "out":
+            client.subscription.fall_out()
+        else:
+            client.subscription.be_slow()
 
     @rule(number=BROWSERS, seen=st.integers(0, 5))
     def leaves(self, number, seen):
@@ -1350,6 +1544,8 @@ class HubsAgainstOneBroker(RuleBasedStateMachine):
                     self.deliver(which, few)
                 case "fetch":
                     self.fetch(which, few)
+                case "falls":
+                    self.falls(number, draw.choice(["in", "in", "in", "in", "out", "slow"]))
                 case "returns":
                     self.comes_back(number, which, draw.choice([None, None, 0, 1, 2, 3]), draw.random() < 0.7)
                 case "connect":

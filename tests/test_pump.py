@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from django_sse import feeds, pump
+from django_sse import contexts, feeds, pump
 from django_sse.brokers.memory import MemoryBroker
 from django_sse.event import encode_payload
 from django_sse.feeds import Source, flush_sse
@@ -33,6 +33,8 @@ from tests.helpers.loops import needs_loops, soon
 pytestmark = needs_loops
 
 EVENT = re.compile(rb"event: [^\n]*\ndata: ([^\n]*)\n\n")
+#: All the ways in which something is taken from a mailbox.
+TAKES = [name for name in vars(Runtime) if name.startswith("take")]
 END = {"type": "http.response.body", "body": b"", "more_body": False}
 
 
@@ -40,11 +42,16 @@ class View:
     """The sender of these streams' signals."""
 
 
-@pytest.fixture(params=["alike", "alone"])
+#: How streams may be served: several go in step, each has a buffer that is looked at first, or each is served alone.
+KINDS = ["in step", "alike", "alone"]
+IN_STEP = pytest.mark.parametrize("run", ["in step"], indirect=True)
+
+
+@pytest.fixture(params=KINDS)
 def run(request):
-    """A runtime. Its streams either have a buffer that may be looked at, so that clients are served as one, or not."""
+    """A runtime, and how its streams are served, one with a ``kind`` of its own aside."""
     run = Runtime(MemoryBroker())
-    run.alike = request.param == "alike"
+    run.kind = request.param
     yield run
     run.close()
 
@@ -73,19 +80,26 @@ def _ready_for_streams():
     open_streams.draining = False
 
 
+def empty_buffer():
+    buffer = Sse()
+    list(buffer)  # no ``retry``
+    return buffer
+
+
 class Client:
     """One client: `send` and `receive` for the delivery of its stream, which listens to `channels` or has `steps`."""
 
-    def __init__(self, run, *channels, steps=None, send=None, receive=None, max_events=10_000, **options):
+    def __init__(self, run, *channels, steps=None, send=None, receive=None, max_events=10_000, kind=None, **options):
         kept = {name: options.pop(name) for name in ("heartbeat", "first") if name in options}
-        self.sse = Sse()
-        list(self.sse)  # no ``retry``
+        kind = kind or run.kind
+        #: The view's buffer. To go in step is for those whose view is gone, and nobody else has its buffer.
+        self.sse = None if kind == "in step" else empty_buffer()
         if steps is not None:
             source = Source(steps, lambda value: () if value is None else (value,), **kept)
         else:
             self.mailbox = run.open(channels or ["a"], max_events=max_events, max_bytes=10_000_000)
-            if run.alike:
-                kept["buffer"] = lambda: self.sse
+            if kind != "alone":
+                kept["buffer"] = lambda: empty_buffer() if self.sse is None else self.sse
             source = Source(None, lambda value: flush_sse(self.sse), mailbox=self.mailbox, **kept)
             source.mailboxes.add(self.mailbox)
         self.sent = []
@@ -116,6 +130,11 @@ class Client:
     async def leave(self):
         self.disconnect.set()
         await asyncio.wait_for(self.task, 10)
+
+
+def writing(run):
+    """Return how a client's stream is served whose view still writes."""
+    return "alike" if run.kind == "in step" else run.kind
 
 
 def publish(run, *texts, channel="a"):
@@ -365,7 +384,7 @@ def test_all_that_get_the_same_are_sent_the_very_same_bytes(run):
             await client.until(b"data: 2")
         bodies = [client.sent[0]["body"] for client in clients]
         assert bodies == [b"event: \ndata: 1\n\nevent: \ndata: 2\n\n"] * 3
-        assert not run.alike or bodies[0] is bodies[1] is bodies[2]
+        assert run.kind == "alone" or bodies[0] is bodies[1] is bodies[2]
         for client in clients:
             await client.leave()
 
@@ -449,7 +468,7 @@ def test_the_first_chunk_comes_before_any_event(run, delay, slow):
 
 def test_what_the_view_adds_goes_out_after_the_next_event_and_in_order(run):
     async def main():
-        client, other = Client(run), Client(run)
+        client, other = Client(run, kind=writing(run)), Client(run)
         await turns()
         publish(run, "1")
         await turns(10)
@@ -474,7 +493,7 @@ def test_what_the_view_adds_goes_out_after_the_next_event_and_in_order(run):
 
 def test_what_the_view_adds_to_a_slow_client_waits_for_the_next_event(run):
     async def main():
-        client, other = gated(run), Client(run)
+        client, other = gated(run, kind=writing(run)), Client(run)
         await turns()
         publish(run, "1")
         await soon(lambda: client.gate.waiting)
@@ -494,7 +513,7 @@ def test_what_the_view_adds_to_a_slow_client_waits_for_the_next_event(run):
 
 def test_what_the_view_adds_goes_with_a_heartbeat_where_no_event_comes(run):
     async def main():
-        client = Client(run, heartbeat=0.1)
+        client = Client(run, heartbeat=0.1, kind=writing(run))
         await turns()
         client.sse.add_message("own", "x")
         await client.until(b":\n\nevent: own\ndata: x\n\n")
@@ -574,7 +593,8 @@ def test_whatever_happens_to_one_in_the_middle_of_a_round_harms_no_other(run, ha
             return send
 
         for number in range(NUMBER):
-            clients.append(Client(run, send=sender(number)))
+            kind = writing(run) if happens is is_written_to and number == victim else run.kind
+            clients.append(Client(run, send=sender(number), kind=kind))
         await turns()
         publish(run, "0")
         await soon(lambda: b"data: 0" in clients[-1].body)
@@ -598,7 +618,7 @@ def test_whatever_happens_to_one_in_the_middle_of_a_round_harms_no_other(run, ha
         else:
             assert own == texts[: len(own)]
         if happens is brings_another:
-            assert got(clients[victim].brought)[-2:] == ["2", "3"]
+            assert got(clients[victim].brought) == ["2", "3"]
             await clients[victim].brought.leave()
         if happens is is_ended:
             assert own[:2] == ["0", "1"]
@@ -792,7 +812,6 @@ def test_events_for_clients_that_all_leave_in_the_middle_of_a_round_harm_no_othe
 
 
 def test_a_mistake_of_ours_does_not_end_the_streams_of_a_loop(run, caplog, monkeypatch):
-    take_alike, take = Runtime.take_alike, Runtime.take
     broken = []
 
     def once(original):
@@ -803,8 +822,8 @@ def test_a_mistake_of_ours_does_not_end_the_streams_of_a_loop(run, caplog, monke
 
         return taking
 
-    monkeypatch.setattr(Runtime, "take_alike", once(take_alike))
-    monkeypatch.setattr(Runtime, "take", once(take))
+    for name in TAKES:
+        monkeypatch.setattr(Runtime, name, once(getattr(Runtime, name)))
 
     async def main():
         clients, other = [Client(run) for _ in range(3)], Client(run, "b")
@@ -824,6 +843,601 @@ def test_a_mistake_of_ours_does_not_end_the_streams_of_a_loop(run, caplog, monke
 
     asyncio.run(main())
     assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
+
+
+# --- in step ---
+
+
+class Tap:
+    """A `send` that waits while it is shut, and gives `client.sent` what has gone through."""
+
+    def __init__(self):
+        self.client = None
+        self._open = asyncio.Event()
+        self._open.set()
+
+    async def __call__(self, message):
+        await self._open.wait()
+        self.client.sent.append(message)
+
+    def shut(self):
+        self._open.clear()
+
+    def open(self):
+        self._open.set()
+
+
+def tapped(run, *channels, **options):
+    tap = Tap()
+    tap.client = Client(run, *channels, send=tap, **options)
+    tap.client.tap = tap
+    return tap.client
+
+
+def rows(*clients):
+    """How many go in each row, of those in which `clients` do."""
+    found = dict.fromkeys(client.delivery.row for client in clients)
+    found.pop(None, None)
+    return sorted((len(row) for row in found), reverse=True)
+
+
+async def arrives(run, text, *clients, channel="a"):
+    """Publish, and wait until all of them have it."""
+    publish(run, text, channel=channel)
+    await soon(lambda: all(got(client)[-1:] == [text] for client in clients), timeout=2)
+
+
+async def all_leave(clients):
+    for client in clients:
+        client.disconnect.set()
+    await asyncio.wait([client.task for client in clients], timeout=10)
+    assert all(client.task.done() for client in clients)
+
+
+@IN_STEP
+def test_those_that_listen_to_the_same_go_in_step_once_they_have_had_the_first_event(run):
+    async def main():
+        clients = [Client(run) for _ in range(3)]
+        others = [Client(run, "b") for _ in range(2)]
+        await turns()
+        await arrives(run, "1", *clients)
+        await arrives(run, "2", *others, channel="b")
+        assert rows(*clients) == [3]
+        assert rows(*others) == [2]
+        clients.append(Client(run))
+        await turns()
+        await arrives(run, "3", *clients)
+        assert rows(*clients) == [4]
+        assert [got(client) for client in clients] == [["1", "3"]] * 3 + [["3"]]
+        await all_leave([*clients, *others])
+
+    asyncio.run(main())
+
+
+@IN_STEP
+def test_what_those_in_step_get_is_taken_once_for_all_of_them(run, monkeypatch):
+    calls = []
+    for name in TAKES:
+        original = getattr(Runtime, name)
+        monkeypatch.setattr(
+            Runtime, name, lambda *given, _name=name, _as=original: (calls.append(_name), _as(*given))[1]
+        )
+
+    async def main():
+        clients = [Client(run) for _ in range(BATCH)]
+        await turns(10)
+        await arrives(run, "1", *clients)
+        calls.clear()
+        await arrives(run, "2", *clients)
+        assert calls == ["take_in_step"]
+        assert len({id(client.sent[-1]) for client in clients}) == 1  # the message, too
+        await all_leave(clients)
+
+    asyncio.run(main())
+
+
+@IN_STEP
+@pytest.mark.parametrize("place", range(3))
+def test_one_that_has_to_wait_leaves_its_row_gets_everything_and_falls_in_again(run, place):
+    async def main():
+        clients = [tapped(run) if number == place else Client(run) for number in range(3)]
+        slow = clients[place]
+        others = [client for client in clients if client is not slow]
+        await turns()
+        await arrives(run, "1", *clients)
+        assert rows(slow, *others) == [3]
+        slow.tap.shut()
+        await arrives(run, "2", *others)
+        assert slow.delivery.row is None
+        assert rows(*others) == [2]
+        await arrives(run, "3", *others)
+        await arrives(run, "4", *others)
+        assert got(slow) == ["1"]
+        slow.tap.open()
+        await slow.until(b"data: 4")
+        await arrives(run, "5", *clients)
+        assert rows(*clients) == [3]
+        await arrives(run, "6", *clients)
+        assert [got(client) for client in clients] == [["1", "2", "3", "4", "5", "6"]] * 3
+        await all_leave(clients)
+
+    asyncio.run(main())
+
+
+@IN_STEP
+def test_all_of_a_row_may_have_to_wait_and_come_back_in_any_order(run):
+    async def main():
+        clients = [tapped(run) for _ in range(5)]
+        await turns()
+        await arrives(run, "1", *clients)
+        for client in clients:
+            client.tap.shut()
+        publish(run, "2")
+        await soon(lambda: rows(*clients) == [])
+        publish(run, "3")
+        for client in reversed(clients):
+            client.tap.open()
+            await client.until(b"data: 3")
+        await arrives(run, "4", *clients)
+        assert rows(*clients) == [5]
+        assert [got(client) for client in clients] == [["1", "2", "3", "4"]] * 5
+        await all_leave(clients)
+
+    asyncio.run(main())
+
+
+@IN_STEP
+@pytest.mark.usefixtures("_small_batches")
+@pytest.mark.parametrize("how", [leaves, fails, is_shut, is_ended, is_cancelled])
+@pytest.mark.parametrize("places", [[0], [3], [9], [0, 1, 2], [0, 2, 4, 6, 8], [4, 5], [2, 3, 5, 6], range(7)], ids=str)
+def test_those_that_go_while_one_of_their_row_waits_take_nothing_from_the_others(run, how, places):
+    """Nobody is left out, or sent the same twice, by those who go from the list that is gone through just then."""
+    waiting = 3
+
+    async def main():
+        clients, gone = [], asyncio.Event()
+
+        def sender(number):
+            async def send(message):
+                if number == waiting and b"data: 2" in message["body"]:
+                    for place in places:
+                        how(run, clients[place])
+                    gone.set()
+                    for _ in range(3):
+                        await asyncio.sleep(0)
+                if getattr(clients[number], "broken", False):
+                    raise ConnectionResetError("gone")
+                clients[number].sent.append(message)
+
+            return send
+
+        for number in range(10):
+            clients.append(Client(run, send=sender(number)))
+        await turns(10)
+        await arrives(run, "1", *clients)
+        assert rows(*clients) == [10]
+        staying = [client for number, client in enumerate(clients) if number not in places]
+        publish(run, "2")
+        await gone.wait()
+        for text in ("3", "4"):
+            await arrives(run, text, *staying)
+        assert [got(client) for client in staying] == [["1", "2", "3", "4"]] * len(staying)
+        for place in places:
+            own = got(clients[place])
+            assert own == ["1", "2", "3", "4"][: len(own)]
+        assert rows(*staying) == [len(staying)]
+        await all_leave(clients)
+        await turns()
+        assert tasks() == set()
+
+    asyncio.run(main())
+
+
+@IN_STEP
+@pytest.mark.usefixtures("_small_batches")
+@pytest.mark.parametrize("delay", range(8))
+def test_clients_that_come_in_the_middle_of_a_round_get_what_follows_and_fall_in(run, delay):
+    async def main():
+        clients = [Client(run) for _ in range(NUMBER)]
+        await turns(10)
+        await arrives(run, "1", *clients)
+        publish(run, "2")
+        await turns(delay)
+        late = [Client(run) for _ in range(3)]
+        publish(run, "3")
+        await turns(1)
+        later = [Client(run) for _ in range(3)]
+        await turns(10)
+        await arrives(run, "4", *clients, *late, *later)
+        assert [got(client) for client in clients] == [["1", "2", "3", "4"]] * NUMBER
+        assert [got(client) for client in late] == [["3", "4"]] * 3
+        assert [got(client) for client in later] == [["4"]] * 3
+        await arrives(run, "5", *clients, *late, *later)
+        assert rows(*clients, *late, *later) == [10, 10, 10, 1]
+        await all_leave([*clients, *late, *later])
+
+    asyncio.run(main())
+
+
+@IN_STEP
+@pytest.mark.usefixtures("_small_batches")
+def test_a_row_is_no_longer_than_a_batch_and_room_in_it_is_for_who_comes(run):
+    async def main():
+        clients = [tapped(run) for _ in range(NUMBER)]
+        await turns(10)
+        await arrives(run, "1", *clients)
+        assert rows(*clients) == [10, 10, 5]
+        clients += [Client(run) for _ in range(9)]
+        await turns(10)
+        await arrives(run, "2", *clients)
+        assert rows(*clients) == [10, 10, 10, 4]
+        clients[3].tap.shut()
+        publish(run, "3")
+        await soon(lambda: clients[3].delivery.row is None)
+        clients.append(Client(run))
+        await turns(10)
+        assert rows(*clients) == [10, 10, 10, 4]
+        clients[3].tap.open()
+        await clients[3].until(b"data: 3")
+        await arrives(run, "4", *clients)
+        assert rows(*clients) == [10, 10, 10, 5]
+        texts = ["1", "2", "3", "4"]
+        assert [got(client) for client in clients] == [texts] * NUMBER + [texts[1:]] * 9 + [texts[3:]]
+        await all_leave(clients)
+
+    asyncio.run(main())
+
+
+@IN_STEP
+def test_the_loop_is_given_back_after_a_batch_of_those_in_rows_too(run):
+    async def main():
+        clients = [Client(run) for _ in range(3 * BATCH)]
+        await turns(10)
+        await arrives(run, "1", *clients)
+        seen = [0]
+        publish(run, "2")
+        while seen[-1] < len(clients):
+            await turns(1)
+            seen.append(sum(got(client)[-1] == "2" for client in clients))
+        assert {after - before for before, after in itertools.pairwise(seen)} <= {0, BATCH}
+        await all_leave(clients)
+
+    asyncio.run(asyncio.wait_for(main(), 10))
+
+
+@IN_STEP
+def test_a_client_whose_buffer_somebody_still_fills_goes_alone_and_gets_its_own(run):
+    async def main():
+        client, others = Client(run, kind="alike"), [Client(run) for _ in range(3)]
+        await turns()
+        await arrives(run, "1", client, *others)
+        assert client.delivery.share is others[0].delivery.share
+        assert client.delivery.row is None
+        assert rows(client, *others) == [3]
+        client.sse.add_message("own", "x")
+        publish(run, "2")
+        await client.until(b"data: x")
+        await arrives(run, "3", client, *others)
+        assert client.delivery.row is None
+        assert got(client) == ["1", "2", "x", "3"]
+        assert [got(other) for other in others] == [["1", "2", "3"]] * 3
+        await all_leave([client, *others])
+
+    asyncio.run(main())
+
+
+@IN_STEP
+@pytest.mark.parametrize("kind", ["coroutine", "object", "future"])
+def test_what_some_servers_give_to_await_is_no_python_code_and_keeps_them_out_of_every_row(run, kind):
+    async def main():
+        async def sending(client, message):
+            client.sent.append(message)
+
+        def sender(number):
+            def send(message):
+                if kind == "future":
+                    clients[number].sent.append(message)
+                    done = asyncio.get_running_loop().create_future()
+                    done.set_result(None)
+                    return done
+                coroutine = sending(clients[number], message)
+                return Awaitable(coroutine) if kind == "object" else coroutine
+
+            return send
+
+        first = [b"event: \ndata: first\n\n"]
+        clients = []
+        for number in range(3):
+            clients.append(Client(run, send=sender(number), first=first))
+        others = [Client(run, first=first) for _ in range(2)]
+        await soon(lambda: all(got(client) == ["first"] for client in [*clients, *others]))
+        await turns(10)
+        for text in ("1", "2"):
+            await arrives(run, text, *clients, *others)
+            assert [client.delivery.any_task for client in clients] == [kind == "future"] * 3
+            assert rows(*clients, *others) == ([2] if kind == "future" else [5])
+        assert [got(client) for client in [*clients, *others]] == [["first", "1", "2"]] * 5
+        await all_leave([*clients, *others])
+
+    asyncio.run(main())
+
+
+@IN_STEP
+def test_one_of_a_row_that_is_taken_for_slow_by_another_thread_goes_alone_until_it_has_caught_up(run):
+    """By a publisher that would otherwise have to wait for it. Nothing need follow for it to get what has come."""
+
+    async def main():
+        clients = [Client(run) for _ in range(4)]
+        client = clients[1]
+        others = [one for one in clients if one is not client]
+        await turns()
+        await arrives(run, "1", *clients)
+        for text in ("2", "3"):
+            await asyncio.to_thread(client.mailbox.mark, slow=True)
+            await arrives(run, text, *clients)
+            assert client.delivery.row is None
+            assert rows(*others) == [3]
+            await soon(lambda: not client.mailbox.subscription.slow)
+        await arrives(run, "4", *clients)
+        assert rows(*clients) == [4]
+        assert [got(one) for one in clients] == [["1", "2", "3", "4"]] * 4
+        await all_leave(clients)
+
+    asyncio.run(main())
+
+
+@IN_STEP
+def test_one_of_a_row_may_take_by_itself_what_has_just_come(run):
+    """It is looked at for some reason of its own before the row's turn comes."""
+
+    async def main():
+        clients = [Client(run) for _ in range(4)]
+        await turns()
+        await arrives(run, "1", *clients)
+        for text in ("2", "3"):
+            clients[2].delivery.ring()
+            publish(run, text)
+            clients[0].delivery.ring()
+            await soon(lambda text=text: all(got(client)[-1] == text for client in clients), timeout=2)
+        await arrives(run, "4", *clients)
+        assert [got(client) for client in clients] == [["1", "2", "3", "4"]] * 4
+        assert rows(*clients) == [4]
+        await all_leave(clients)
+
+    asyncio.run(main())
+
+
+@IN_STEP
+@pytest.mark.parametrize("how", ["ended", "shut"])
+def test_one_of_a_row_that_is_ended_by_another_thread_gets_what_waits_and_the_end(run, ends, how):
+    async def main():
+        clients = [Client(run) for _ in range(4)]
+        client = clients[1]
+        others = [one for one in clients if one is not client]
+        await turns()
+        await arrives(run, "1", *clients)
+        publish(run, "2")
+        end = client.stream.end if how == "ended" else client.mailbox.close
+        thread = threading.Thread(target=end, args=["max_age"])
+        thread.start()
+        thread.join(10)  # the loop, and so the pump, is held meanwhile
+        publish(run, "3")
+        await asyncio.wait_for(client.task, 10)
+        assert client.sent[-1] == END
+        assert got(client) == ["1", "2"]
+        await arrives(run, "4", *others)
+        assert rows(*others) == [3]
+        assert [got(other) for other in others] == [["1", "2", "3", "4"]] * 3
+        await all_leave(clients)
+
+    asyncio.run(main())
+    assert [reason for reason, *_ in ends] == ["max_age", "client", "client", "client"]
+
+
+@IN_STEP
+def test_a_row_that_overflows_gets_what_waits_and_the_end(run, ends):
+    async def main():
+        clients = [Client(run, max_events=5) for _ in range(4)]
+        other = Client(run, max_events=50)
+        await turns()
+        await arrives(run, "0", *clients, other)
+        publish(run, *map(str, range(1, 10)))
+        await asyncio.wait([client.task for client in clients], timeout=10)
+        for client in clients:
+            assert got(client) == ["0", "1", "2", "3", "4", "5"]
+            assert client.sent[-1] == END
+        await other.until(b"data: 9")
+        await all_leave([*clients, other])
+
+    asyncio.run(main())
+    assert [reason for reason, *_ in ends] == ["overflow"] * 4 + ["client"]
+
+
+@IN_STEP
+@pytest.mark.usefixtures("_small_batches")
+@pytest.mark.parametrize("broken", range(3))
+def test_a_mistake_with_one_row_leaves_the_other_rows_of_the_round_served(run, caplog, monkeypatch, broken):
+    calls = itertools.count()
+    take = Runtime.take_in_step
+
+    async def main():
+        clients = [Client(run) for _ in range(NUMBER)]
+        await turns(10)
+        await arrives(run, "1", *clients)
+        members = [row.deliveries for row in dict.fromkeys(client.delivery.row for client in clients)]
+        monkeypatch.setattr(Runtime, "take_in_step", lambda *given: 1 / 0 if next(calls) == broken else take(*given))
+        publish(run, "2")
+        await turns(20)
+        without = [client for client in clients if got(client) == ["1"]]
+        assert [client.delivery for client in without] == members[broken]
+        assert sum(got(client) == ["1", "2"] for client in clients) == NUMBER - len(without)
+        await arrives(run, "3", *clients)
+        assert [got(client) for client in clients] == [["1", "2", "3"]] * NUMBER
+        await all_leave(clients)
+
+    asyncio.run(main())
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
+
+
+@IN_STEP
+@pytest.mark.parametrize("broken", range(3))
+def test_a_mistake_with_one_row_leaves_nothing_unsent_that_was_taken_for_others(run, monkeypatch, broken):
+    calls = itertools.count()
+    take = Runtime.take_in_step
+
+    async def main():
+        clients = {name: [Client(run, name) for _ in range(3)] for name in "abc"}
+        await turns(10)
+        monkeypatch.setattr(Runtime, "take_in_step", lambda *given: 1 / 0 if next(calls) == broken else take(*given))
+        for name in clients:
+            publish(run, "1", channel=name)
+        await turns(20)
+        sent = [[got(client) for client in some] for some in clients.values()]
+        assert sent == [[[]] * 3 if number == broken else [["1"]] * 3 for number in range(3)]
+        await all_leave([client for some in clients.values() for client in some])
+
+    asyncio.run(main())
+
+
+@IN_STEP
+@pytest.mark.parametrize("number", [BATCH - 1, BATCH])
+def test_those_who_always_have_more_do_not_keep_a_long_row_waiting(run, number):
+    text = "x" * 70_000  # more than a chunk
+
+    async def main():
+        greedy, clients = Client(run, "greedy"), [Client(run) for _ in range(number)]
+        await turns(10)
+        await arrives(run, "1", *clients)
+        publish(run, text, text, text, channel="greedy")
+        publish(run, "2")
+        for _ in range(20):
+            publish(run, text, channel="greedy")
+            await turns(1)
+        assert [got(client) for client in clients] == [["1", "2"]] * number
+        await all_leave([greedy, *clients])
+
+    asyncio.run(main())
+
+
+@IN_STEP
+@pytest.mark.parametrize(("channels", "number"), [(2, 60), (10, 60), (44, 40)])
+def test_where_there_is_always_more_to_do_than_in_one_round_all_have_their_turn(run, channels, number):
+    async def main():
+        names = [str(channel) for channel in range(channels)]
+        clients = {name: [Client(run, name) for _ in range(number)] for name in names}
+        await turns(2 * channels)
+        for _ in range(4 * channels):
+            for name in names:
+                publish(run, "x", channel=name)
+            await turns(1)
+        served = [len(some[0].sent) for some in clients.values()]
+        assert 2 * min(served) > max(served)
+        await all_leave([client for some in clients.values() for client in some])
+
+    asyncio.run(main())
+
+
+@IN_STEP
+def test_the_account_of_those_in_step_is_their_own(run, ends):
+    async def main():
+        early = [tapped(run) for _ in range(2)]
+        await turns()
+        await arrives(run, "1", *early)
+        late = Client(run)
+        await turns()
+        early[0].tap.shut()
+        await arrives(run, "2", early[1], late)
+        await arrives(run, "3", early[1], late)
+        early[0].tap.open()
+        await early[0].until(b"data: 3")
+        await arrives(run, "4", *early, late)
+        for client in (*early, late):
+            await client.leave()
+        return [("client", len(got(client)), len(client.body)) for client in (*early, late)]
+
+    expected = asyncio.run(main())
+    assert ends == expected
+    assert [events for _, events, _ in ends] == [4, 4, 3]
+
+
+class Fate:
+    """A `send` that waits, fails or lets its client leave, as chance will have it."""
+
+    def __init__(self, chance, waits):
+        self.chance = chance
+        self.waits = waits
+        self.client = None
+        self.sending = False
+
+    async def __call__(self, message):
+        assert not self.sending, "one thing at a time"
+        assert not self.client.task.done()
+        self.sending = True
+        try:
+            if self.chance.random() < self.waits:
+                for _ in range(self.chance.randint(1, 6)):
+                    await asyncio.sleep(0)
+            fate = self.chance.random()
+            if fate < 0.002:
+                raise ConnectionResetError("gone")
+            if fate < 0.004:
+                self.client.disconnect.set()
+            self.client.sent.append(message)
+        finally:
+            self.sending = False
+
+
+@IN_STEP
+@pytest.mark.usefixtures("_small_batches")
+@pytest.mark.parametrize("waits", [0.02, 0.3], ids=["few wait", "many wait"])
+@pytest.mark.parametrize("seed", range(5))
+def test_whatever_chance_does_to_the_rows_each_client_gets_all_from_its_coming_to_its_going(
+    run, monkeypatch, seed, waits
+):
+    monkeypatch.setattr(pump, "GONE", 0.01)
+    chance = random.Random(seed)
+    longest = 0
+
+    async def main():
+        nonlocal longest
+        clients, published = [], 0
+
+        def join():
+            fate = Fate(chance, waits)
+            fate.client = client = Client(run, send=fate)
+            client.came = published
+            clients.append(client)
+
+        for _ in range(40):
+            join()
+        for _ in range(150):
+            act = chance.random()
+            if act < 0.6:
+                for _ in range(chance.choice([1, 1, 1, 3])):
+                    publish(run, str(published))
+                    published += 1
+            elif act < 0.75:
+                join()
+            elif act < 0.8:
+                chance.choice(clients).disconnect.set()
+            await turns(chance.randint(0, 4))
+            longest = max([longest, *rows(*(client for client in clients if not client.task.done()))])
+        publish(run, "last")
+        texts = [*map(str, range(published)), "last"]
+        await soon(lambda: all(client.task.done() or got(client)[-1:] == ["last"] for client in clients))
+        for client in clients:
+            own = got(client)
+            if client.task.done():
+                assert own == texts[client.came :][: len(own)]
+            else:
+                assert own == texts[client.came :]
+        assert sum(not client.task.done() for client in clients) > 20
+        await all_leave(clients)
+        await turns(10)
+        assert tasks() == set()
+
+    asyncio.run(main())
+    assert 5 <= longest <= 10
 
 
 # --- the client leaves ---
@@ -1183,6 +1797,105 @@ def test_what_send_does_at_the_call_happens_in_the_context_of_its_own_client(run
         await soon(lambda: len(seen) == 10)
         assert seen[8:] == ["publisher", "publisher, c sending"]
         await late.leave()
+
+    asyncio.run(main())
+
+
+class Server:
+    """A server's part for one client: its `send` is a method."""
+
+    def __init__(self, seen, waits=False):
+        self.seen = seen
+        self.waits = waits
+
+    async def send(self, message):
+        if self.waits:
+            await asyncio.sleep(0)
+        self.seen.append(here.get())
+
+
+@pytest.fixture
+def lifespan(monkeypatch):
+    """Begins the server, where `here` has this value."""
+    monkeypatch.setattr(contexts, "_common", contextvars.Context())
+
+    def begin(value):
+        context = contextvars.copy_context()
+        context.run(here.set, value)
+        context.run(contexts.begin)
+        return context
+
+    return begin
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "after a wait"])
+def test_a_servers_method_sees_what_stands_around_its_own_request_and_around_all(run, lifespan, waits):
+    async def main():
+        common = lifespan("all")
+        names = ["all", "a", "all", "b", "nobody's"]
+        seen = [[] for _ in names]
+        clients = []
+        for name, own in zip(names, seen, strict=True):
+            context = common.copy() if name == "all" else contextvars.copy_context()
+            if name not in ("all", "nobody's"):
+                context.run(here.set, name)
+            clients.append(context.run(Client, run, send=Server(own, waits).send))
+        await turns()
+        for text in ("1", "2"):
+            publish(run, text)
+            await soon(lambda text=text: all(len(own) == int(text) for own in seen))
+        assert seen == [[name] * 2 for name in names]
+        assert [client.delivery.context is None for client in clients] == [name == "all" for name in names]
+        await all_leave(clients)
+
+    asyncio.run(main())
+
+
+def test_a_servers_method_sees_nothing_of_the_request_that_came_first(run, lifespan):
+    """It is that one which has the pump's task made, and those of who waits come after it."""
+
+    async def main():
+        common, other = lifespan("all"), contextvars.copy_context()
+        other.run(here.set, "the first's")
+        seen = []
+        first = other.run(Client, run, send=Server([], waits=True).send)
+        await turns()
+        client = common.copy().run(Client, run, send=Server(seen).send)
+        for text in ("1", "2"):
+            publish(run, text)
+            await turns(10)
+        assert seen == ["all", "all"]
+        await all_leave([first, client])
+
+    asyncio.run(main())
+
+
+def test_what_stands_around_a_servers_method_has_the_context_of_its_own_request(run, lifespan):
+    """A function, as most of what stands there, though nothing has been set for the request until then."""
+
+    async def main():
+        common = lifespan("all")
+        seen = [[], []]
+
+        def around(own):
+            send = Server(own).send
+
+            async def sending(message):
+                here.set(f"{here.get()}, sent")
+                await send(message)
+
+            return sending
+
+        clients = [common.copy().run(Client, run, send=around(own)) for own in seen]
+        method = common.copy().run(Client, run, send=Server(untouched := []).send)
+        await turns()
+        for text in ("1", "2"):
+            await turns(10)
+            publish(run, text)
+            await soon(lambda text=text: all(len(own) == int(text) for own in [*seen, untouched]))
+        assert seen == [["all, sent", "all, sent, sent"]] * 2
+        assert untouched == ["all", "all"]
+        await all_leave([*clients, method])
 
     asyncio.run(main())
 
@@ -2074,7 +2787,7 @@ def test_each_loop_has_a_pump_of_its_own(run):
 
 SLOWNESS = st.sampled_from(["at once", "turns", "later", "object", "future"])
 STEP = st.one_of(
-    st.tuples(st.just("join"), st.sampled_from(["a", "a", "b", "ab"]), SLOWNESS, st.booleans()),
+    st.tuples(st.just("join"), st.sampled_from(["a", "a", "b", "ab"]), SLOWNESS, st.sampled_from(KINDS)),
     st.tuples(st.just("publish"), st.sampled_from("aab"), st.integers(1, 12), st.booleans()),
     st.tuples(st.just("turns"), st.integers(1, 6)),
     st.tuples(st.just("sleep")),
@@ -2091,9 +2804,9 @@ class Story:
         self.clients = []
         self.published = 0
 
-    async def join(self, channels, slowness, alike):
-        self.run.alike = alike
-        client = Client(self.run, *channels, first=[b"event: \ndata: first\n\n"], send=lambda message: send(message))
+    async def join(self, channels, slowness, kind):
+        first = [b"event: \ndata: first\n\n"]
+        client = Client(self.run, *channels, first=first, send=lambda message: send(message), kind=kind)
         client.channels = channels
         client.expected, client.written = ["first"], []
         client.state = "there"
@@ -2153,7 +2866,8 @@ class Story:
             client.stream.end("max_age")
 
     async def write(self, number):
-        if client := self.one(number):
+        client = self.one(number)
+        if client is not None and client.sse is not None:
             client.written.append(f"own {len(client.written)}")
             client.sse.add_message("own", client.written[-1])
 

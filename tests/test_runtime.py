@@ -418,6 +418,244 @@ def test_an_abandoned_listener_is_forgotten_at_the_next_event(run, broker):
     ]
 
 
+# --- in step --------------------------------------------------------------------------------------------------------
+
+
+def frames(*texts):
+    return b"".join(f"event: \ndata: {text}\n\n".encode() for text in texts)
+
+
+def deliver(run, *texts):
+    run.deliver([("a", payload(text)) for text in texts])
+
+
+def in_rank(run, count, **bounds):
+    """So many listeners, and the rank in which they are."""
+    listeners = [run.open(["a"], **(bounds or BOUNDS)) for _ in range(count)]
+    rank = listeners[0].rank()
+    assert rank.join(listeners) == [True] * count
+    return listeners, rank
+
+
+def test_a_rank_begins_where_one_stands_and_is_joined_by_those_who_stand_there(run):
+    early = run.open(["a"], **BOUNDS)
+    deliver(run, "1")
+    late = [run.open(["a"], **BOUNDS) for _ in range(3)]
+    late[1].mark(slow=True)
+    late[2].close("shutdown")
+    rank = late[0].rank()
+    assert early.rank().join([*late, early]) == [False, False, False, True]
+    assert rank.join([early, *late]) == [False, True, False, False]
+    assert rank.muster() == [True]
+    deliver(run, "2")
+    assert rank.take(1000) == (frames("2"), False)
+    assert [texts(listener.take()) for listener in (early, *late)] == [["1", "2"], [], ["2"], []]
+
+
+def test_others_may_join_a_rank_where_it_has_come_to(run):
+    (one, two), rank = in_rank(run, 2)
+    late = run.open(["a"], **BOUNDS)
+    deliver(run, "1")
+    assert rank.take(1000) == (frames("1"), False)
+    assert rank.join([late]) == [False]
+    assert texts(late.take()) == ["1"]
+    assert rank.join([late]) == [True]
+    deliver(run, "2")
+    assert rank.take(1000) == (frames("2"), False)
+    assert [texts(listener.take()) for listener in (one, two, late)] == [[], [], []]
+
+
+def test_a_rank_takes_for_all_of_it_what_would_be_taken_for_each(run):
+    listeners, rank = in_rank(run, 3)
+    alone = run.open(["a"], **BOUNDS)
+    deliver(run, "1", "2", "3")
+    for max_bytes, expected in (1, (frames("1"), True)), (1000, (frames("2", "3"), False)), (1000, (b"", False)):
+        assert rank.take(max_bytes) == expected
+        [chunk], more = alone.take_alike([alone], max_bytes)
+        assert (chunk, more) == expected
+    assert {(each.events, each.bytes_alike) for each in (*listeners, alone)} == {(3, len(frames("1", "2", "3")))}
+    assert [texts(listener.take()) for listener in listeners] == [[], [], []]
+
+
+def test_who_leaves_a_rank_goes_on_alone(run):
+    (one, two, three), rank = in_rank(run, 3)
+    deliver(run, "1")
+    rank.leave(two)
+    assert rank.muster() == [True, True]
+    assert rank.take(1000) == (frames("1"), False)
+    assert texts(two.take()) == ["1"]
+    deliver(run, "2")
+    assert rank.take(1000) == (frames("2"), False)
+    assert texts(two.take()) == ["2"]
+    assert (one.events, two.events, three.events) == (2, 2, 2)
+    assert rank.join([two]) == [True]
+    deliver(run, "3")
+    assert rank.take(1000) == (frames("3"), False)
+    assert two.take() == []
+
+
+OTHER_WAYS = {
+    "takes": lambda listener: listener.take(1),
+    "takes a chunk": lambda listener: listener.take_chunk(1),
+    "takes alike": lambda listener: listener.take_alike([listener], 1),
+    "is slow": lambda listener: listener.mark(slow=True),
+    "is closed": lambda listener: listener.close(),
+    "is ended": lambda listener: listener.close("shutdown"),
+    "joins another": lambda listener: listener.rank().join([listener]),
+}
+
+
+@pytest.mark.parametrize("way", OTHER_WAYS.values(), ids=OTHER_WAYS.keys())
+def test_a_rank_takes_nothing_when_one_has_gone_another_way_until_it_is_known_who_stays(run, way):
+    listeners, rank = in_rank(run, 4)
+    assert rank.muster() == [True] * 4
+    deliver(run, "1", "2")
+    way(listeners[1])
+    assert rank.take(1000) is rank.take(1000) is None
+    assert [listener.events for listener in (listeners[0], *listeners[2:])] == [0, 0, 0]
+    way(listeners[3])
+    assert rank.muster() == [True, False, True, False]
+    assert rank.muster() == [True, True]
+    assert rank.take(1000) == (frames("1", "2"), False)
+    assert [listener.events for listener in listeners[::2]] == [2, 2]
+
+
+def test_those_who_stay_in_a_rank_are_told_in_the_order_in_which_they_have_joined(run):
+    (one, two), rank = in_rank(run, 2)
+    three, four = [run.open(["a"], **BOUNDS) for _ in range(2)]
+    assert rank.join([four, three]) == [True, True]
+    rank.leave(one)
+    three.close()
+    assert rank.muster() == [True, True, False]
+    assert rank.join([one]) == [True]
+    four.close()
+    assert rank.muster() == [True, False, True]
+    two.close()
+    assert rank.muster() == [False, True]
+    deliver(run, "1")
+    assert rank.take(1000) == (frames("1"), False)
+    assert one.events == 1
+
+
+def test_those_of_a_rank_that_overflow_leave_it_with_what_waited(run):
+    listeners, rank = in_rank(run, 2, max_events=3, max_bytes=1000)
+    other = run.open(["a"], **BOUNDS)
+    deliver(run, "0")
+    assert rank.take(1000) == (frames("0"), False)
+    deliver(run, "1", "2", "3", "4")
+    assert [listener.ended for listener in listeners] == ["overflow"] * 2
+    assert rank.take(1000) is None
+    assert rank.muster() == [False, False]
+    assert [texts(listener.take()) for listener in listeners] == [["1", "2", "3"]] * 2
+    assert texts(other.take()) == ["0", "1", "2", "3", "4"]
+
+
+def crowd(run, listeners, *texts):
+    """Deliver events in another thread; return that when all of the listeners are waited for."""
+    for listener in listeners:
+        listener.wake_by(never)
+        listener.share(never)
+        listener.mark(slow=False)
+    delivery = threading.Thread(target=deliver, args=(run, *texts), daemon=True)
+    delivery.start()
+    until(lambda: len(run._crowded) == len(listeners), what="the wait")
+    return delivery
+
+
+def test_those_of_a_rank_that_are_crowded_are_waited_for_until_it_has_taken(run, monkeypatch):
+    monkeypatch.setattr(runtime, "PATIENCE", 30)
+    listeners, rank = in_rank(run, 3, max_events=8, max_bytes=1024)
+    delivery = crowd(run, listeners, *"01234")
+    assert rank.take(1) == (frames("0"), True)
+    delivery.join(10)
+    assert not delivery.is_alive()
+    assert run._crowded == set()
+    assert [listener.subscription.slow for listener in listeners] == [False] * 3
+    assert rank.take(1000) == (frames("1", "2", "3", "4"), False)
+
+
+def test_those_of_a_rank_that_are_crowded_still_when_it_has_taken_are_waited_for_still(run, monkeypatch):
+    monkeypatch.setattr(runtime, "PATIENCE", 30)
+    listeners, rank = in_rank(run, 2, max_events=200, max_bytes=120)
+    delivery = crowd(run, listeners, "0", "1" * 60)
+    assert rank.take(1) == (frames("0"), True)
+    assert len(run._crowded) == 2
+    assert rank.take(1) == (frames("1" * 60), False)
+    assert run._crowded == set()
+    delivery.join(10)
+    assert not delivery.is_alive()
+    assert [listener.subscription.slow for listener in listeners] == [False] * 2
+
+
+def test_those_of_a_rank_that_does_not_take_are_slow_and_leave_it(run, monkeypatch):
+    monkeypatch.setattr(runtime, "PATIENCE", 0.001)
+    listeners, rank = in_rank(run, 2)
+    for listener in listeners:
+        listener.wake_by(never)
+    numbers = [str(number) for number in range(200)]
+    deliver(run, *numbers)
+    assert [listener.subscription.slow for listener in listeners] == [True, True]
+    assert rank.take(1000) is None
+    assert rank.muster() == [False, False]
+    assert [texts(listener.take()) for listener in listeners] == [numbers, numbers]
+    assert rank.join(listeners) == [False, False]
+
+
+def test_who_goes_another_way_in_another_thread_loses_nothing_and_neither_do_the_others(run, monkeypatch):
+    """Whatever becomes of one of a rank, and whenever: each gets all until its end, in order and once."""
+    monkeypatch.setattr(runtime, "PATIENCE", 10)
+    listeners, rank = in_rank(run, 12)
+    expected = [str(number) for number in range(2000)]
+    got = dict.fromkeys(listeners, b"")
+    in_step, chance = list(listeners), random.Random(7)
+    stop = threading.Event()
+    for listener in listeners:
+        listener.wake_by(never)
+
+    def disturb():
+        for listener in chance.sample(listeners, 4):
+            listener.mark(slow=True)
+            stop.wait(0.002)
+            listener.mark(slow=False)
+            stop.wait(0.002)
+        for listener in listeners[:4]:
+            listener.close("shutdown")
+            stop.wait(0.002)
+
+    threads = [
+        threading.Thread(target=disturb, daemon=True),
+        threading.Thread(target=deliver, args=(run, *expected), daemon=True),
+    ]
+
+    def look():
+        """Do once what a pump does."""
+        while in_step and (taken := rank.take(200)) is None:
+            in_step[:] = [one for one, stays in zip(in_step, rank.muster(), strict=True) if stays]
+        for listener in listeners:
+            if listener in in_step:
+                got[listener] += taken[0]
+            else:
+                got[listener] += b"".join(frame for _, frame in listener.take())
+        others = [listener for listener in listeners if listener not in in_step]
+        in_step.extend(one for one, joined in zip(others, rank.join(others), strict=True) if joined)
+        return all(listener.ended or got[listener] == whole for listener in listeners)
+
+    whole = frames(*expected)
+    for thread in threads:
+        thread.start()
+    until(lambda: any(look() for _ in range(20)), what="all events")
+    stop.set()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    look()
+    assert [listener.ended for listener in listeners] == ["shutdown"] * 4 + [None] * 8
+    for listener in listeners:
+        assert whole.startswith(got[listener])
+        assert listener.events == got[listener].count(b"\n\n")
+        assert len(listener.take()) == 0
+
+
 # --- pace and overflow ----------------------------------------------------------------------------------------------
 
 
@@ -1036,7 +1274,7 @@ def test_who_has_missed_nothing_gets_nothing_and_is_woken_by_what_comes(scene):
     listener = scene.open("a", last=[last])
     rings = []
     listener.wake_by(lambda: rings.append(1))
-    assert listener.drained
+    assert listener.subscription.drained
     assert rings == []
     scene.publish("3")
     until(lambda: rings, what="the ring")
