@@ -40,18 +40,17 @@ class SseApplication:
             await self.app(scope, receive, send)
             return
         handover, client = Handover(send), _Client(receive)
-        # Not the task's own, which would keep what middleware sets there: the request, for instance.
-        context = contextvars.copy_context()
         try:
             serving = self._serve({**scope, SCOPE_KEY: handover}, client.receive, handover.send)
-            await contexts.run(context, serving)
+            # Not in the task's own context, which would keep what middleware sets there: the request, for instance.
+            await contexts.run(contextvars.copy_context(), serving)
         except BaseException:
             handover.withdraw()
             raise
-        stream = context.run(handover.taken)
+        stream = handover.taken()
         if stream is not None:
             receive = client.rest()
-            del handover, client, serving, context
+            del handover, client, serving
             # All that this frame holds, every open stream holds.
             await Delivery(stream, send).run(receive)
 

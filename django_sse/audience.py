@@ -201,13 +201,13 @@ class Subscription:
         """How many bytes were taken by ``Audience.advance()``."""
         return self._place.size - self._size
 
-    def take(self, limit: int | None = None, max_bytes: int | None = None) -> list[tuple[Event, bytes]]:
-        """Return what waits, oldest first: at most ``limit`` events, and no more after ``max_bytes`` bytes."""
+    def take(self, limit: int | None = None) -> list[tuple[Event, bytes]]:
+        """Return what waits, oldest first: at most ``limit`` events."""
         taken: list[tuple[Event, bytes]] = []
         if self._behind is not None:
             self.audience.refill(self)
         place, size = self._place, 0
-        while place.next is not None and len(taken) != limit and (max_bytes is None or size < max_bytes):
+        while place.next is not None and len(taken) != limit:
             taken.append((place.event, place.frame))
             size += len(place.frame)
             place = place.next

@@ -18,6 +18,7 @@ from django.db import connections
 from django.db.backends.signals import connection_created
 
 __all__ = [
+    "OwnThread",
     "ThreadSensitiveContext",
     "arelease_connections",
     "arelease_idle",
@@ -194,6 +195,26 @@ def release_idle() -> None:
 async def arelease_idle() -> None:
     """Do what ``release_idle()`` does for the sync code that this task has called, and end its thread."""
     await _arelease(even_if_read=False)
+
+
+class OwnThread:
+    """A context in which sync code has a thread of its own, also within the context of a request that has ended.
+
+    asgiref's ``ThreadSensitiveContext`` would leave the thread to that one, which nobody will end again.
+    """
+
+    __slots__ = ("_context", "_token")
+
+    async def __aenter__(self) -> None:
+        self._context = ThreadSensitiveContext()  # never entered: asgiref asks for it by what it is
+        self._token = SyncToAsync.thread_sensitive_context.set(self._context)
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        threads = _threads()
+        thread = None if threads is None else threads.pop(self._context, None)
+        SyncToAsync.thread_sensitive_context.reset(self._token)
+        if thread is not None:
+            thread.shutdown(wait=False)
 
 
 _warned = False

@@ -20,7 +20,7 @@ from typing import Protocol
 
 import sse
 
-from .database import ThreadSensitiveContext, arelease_idle, lend, stepping
+from .database import OwnThread, arelease_idle, lend, stepping
 from .inbox import Mailbox, Mailboxes
 from .wire import Sse, comment
 from .workers import DONE, Workers, shared_loop
@@ -467,7 +467,7 @@ class InTask(_Working):
         self.outside = False
 
     def go_outside(self) -> None:
-        """Have the iterator run outside of Django's handler, which has ended, but in this context, which was its."""
+        """Have the iterator run outside of Django's handler, but in a copy of its context, which is the present one."""
         self.outside = True
         self._context = contextvars.copy_context()
 
@@ -496,7 +496,7 @@ class InTask(_Working):
 
     async def _run(self) -> None:
         if self.outside:
-            async with ThreadSensitiveContext():
+            async with OwnThread():
                 lend(_nothing)
                 await self._step_all()
         else:

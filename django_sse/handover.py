@@ -49,17 +49,14 @@ class Handover:
         self._offered.append(stream)
 
     def take(self, stream: Stream) -> None:
-        """Take ``stream`` over, when the handler has ended."""
-        self._taken = stream
+        """Take ``stream`` over, when the handler has ended. In the handler's context."""
+        self._taken = stream.outside()
 
     def taken(self) -> Stream | None:
-        """Return the stream to be delivered, now that the handler has ended. Others of its request end here.
-
-        In the handler's context, in which its iterator is to run.
-        """
+        """Return the stream to be delivered, now that the handler has ended. Others of its request end here."""
         taken, self._taken = self._taken, None
         self._close_others(taken)
-        return None if taken is None else taken.outside()
+        return taken
 
     def withdraw(self) -> None:
         """Close the streams: the handler has failed."""

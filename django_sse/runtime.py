@@ -240,11 +240,9 @@ class Runtime:
             )
         return outcome.wake + [ended.wake for ended in outcome.ended if ended.wake is not None]
 
-    def take(
-        self, subscription: Subscription, limit: int | None, max_bytes: int | None = None
-    ) -> list[tuple[Event, bytes]]:
-        """Return what waits for ``subscription``: at most ``limit`` events, and no more after ``max_bytes``."""
-        return self._take(subscription, subscription.take, limit, max_bytes)
+    def take(self, subscription: Subscription, limit: int | None) -> list[tuple[Event, bytes]]:
+        """Return what waits for ``subscription``: at most ``limit`` events."""
+        return self._take(subscription, subscription.take, limit)
 
     def take_chunk(self, subscription: Subscription, max_bytes: int) -> tuple[bytes, bool]:
         """Return what waits for ``subscription`` as one chunk, and whether that is all."""
@@ -422,12 +420,9 @@ class Listener:
         """Have ``wake`` called, by any thread, when there is something to take or the end has come."""
         self._runtime.claim(self.subscription, wake)
 
-    def take(self, limit: int | None = None, max_bytes: int | None = None) -> list[tuple[Event, bytes]]:
-        """Return the events that wait, with their encoded form, oldest first.
-
-        At most ``limit`` of them, and no more after the one that makes it ``max_bytes``.
-        """
-        return self._runtime.take(self.subscription, limit, max_bytes)
+    def take(self, limit: int | None = None) -> list[tuple[Event, bytes]]:
+        """Return the events that wait, with their encoded form, oldest first: at most ``limit`` of them."""
+        return self._runtime.take(self.subscription, limit)
 
     @property
     def events(self) -> int:

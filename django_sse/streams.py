@@ -194,7 +194,7 @@ class Stream:
         """Do nothing: Django closes what it has iterated, and then the response, which ends the stream."""
 
     def outside(self) -> Stream:
-        """Get ready to be delivered outside of Django's handler, which has ended. In the event loop, in its context."""
+        """Get ready to be delivered outside of Django's handler. In the event loop, in the handler's context."""
         feed = self._make_feed(on_loop=True)
         if isinstance(feed, InTask):
             feed.go_outside()

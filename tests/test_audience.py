@@ -46,43 +46,43 @@ def test_take_gives_at_most_the_limit_and_leaves_the_rest():
         (5, ["12", "34", "56"]),
         (6, ["12", "34", "56"]),
         (60, ["12", "34", "56"]),
-        (None, ["12", "34", "56"]),
     ],
 )
-def test_take_gives_no_more_after_the_event_that_makes_it_the_bytes_asked_for(max_bytes, expected):
+def test_a_chunk_is_of_no_more_after_the_event_that_makes_it_the_bytes_asked_for(max_bytes, expected):
     hub = Hub()
     subscription = subscribe(hub, "a")
     publish(hub, "a", "12", "34", "56")
-    assert texts(subscription.take(max_bytes=max_bytes)) == expected
+    assert subscription.take_chunk(max_bytes) == ("".join(expected).encode(), len(expected) == 3)
     assert texts(subscription.take()) == ["12", "34", "56"][len(expected) :]
-
-
-def test_take_keeps_to_both_bounds():
-    hub = Hub()
-    subscription = subscribe(hub, "a")
-    publish(hub, "a", "12", "34", "56", "78", "90")
-    assert texts(subscription.take(1, 100)) == ["12"]
-    assert texts(subscription.take(100, 3)) == ["34", "56"]
-    assert texts(subscription.take(100, 100)) == ["78", "90"]
 
 
 def test_an_event_above_the_bytes_asked_for_is_given_alone():
     hub = Hub()
     subscription = subscribe(hub, "a")
     publish(hub, "a", "123456", "7")
-    assert texts(subscription.take(max_bytes=2)) == ["123456"]
-    assert texts(subscription.take(max_bytes=2)) == ["7"]
+    assert subscription.take_chunk(2) == (b"123456", False)
+    assert subscription.take_chunk(2) == (b"7", True)
 
 
-@pytest.mark.parametrize("limits", [(None, None), (1, None), (2, None), (None, 1), (None, 3), (2, 1)])
-def test_what_was_taken_makes_room_for_as_many_bytes(limits):
+@pytest.mark.parametrize("limit", [None, 1, 2])
+def test_what_was_taken_makes_room_for_as_many_bytes(limit):
     hub = Hub()
     subscription = subscribe(hub, "a", max_bytes=4)
     for _ in range(5):
         publish(hub, "a", "12", "34")
         assert subscription.ended is None
-        taken = subscription.take(*limits) + subscription.take(*limits)
+        taken = subscription.take(limit) + subscription.take(limit)
         assert texts(taken) == ["12", "34"]
+
+
+@pytest.mark.parametrize("max_bytes", [1, 3])
+def test_a_chunk_that_was_taken_makes_room_for_as_many_bytes(max_bytes):
+    hub = Hub()
+    subscription = subscribe(hub, "a", max_bytes=4)
+    for _ in range(5):
+        publish(hub, "a", "12", "34")
+        assert subscription.ended is None
+        assert subscription.take_chunk(max_bytes)[0] + subscription.take_chunk(max_bytes)[0] == b"1234"
 
 
 # --- whom to wake ---
@@ -285,9 +285,9 @@ def test_several_are_given_no_more_after_the_event_that_makes_it_the_bytes_asked
     publish(hub, "a", "12", "34", "56")
     left = True
     while left:
-        expected = texts(alone.take(max_bytes=max_bytes))
-        left = len(alone) > 0
-        assert advance(one, two, max_bytes=max_bytes) == ([b"".join(text.encode() for text in expected)] * 2, left)
+        expected, is_all = alone.take_chunk(max_bytes)
+        left = not is_all
+        assert advance(one, two, max_bytes=max_bytes) == ([expected] * 2, left)
     assert len(one) == len(two) == 0
 
 

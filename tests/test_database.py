@@ -17,6 +17,7 @@ from django.utils.decorators import sync_only_middleware
 
 from django_sse import database
 from django_sse.database import (
+    OwnThread,
     arelease_connections,
     arelease_idle,
     lend,
@@ -647,3 +648,42 @@ def test_a_request_that_the_server_cancels_runs_every_finally_within_a_second(
     asyncio.run(main())
     gc.collect()
     assert len(Endless.ended) <= 1
+
+
+# --- a thread of one's own ---
+
+
+@needs_loops
+def test_sync_code_has_a_thread_of_its_own_also_in_the_context_of_a_request_that_has_ended():
+    async def main():
+        request = ThreadSensitiveContext()  # one that is over, but not forgotten
+        SyncToAsync.thread_sensitive_context.set(request)
+        async with OwnThread():
+            first, second = [await sync_to_async(threading.current_thread)() for _ in range(2)]
+        assert first is second
+        assert SyncToAsync.thread_sensitive_context.get() is request
+        assert request not in SyncToAsync.context_to_thread_executor
+        await soon(lambda: not first.is_alive())
+
+    asyncio.run(main())
+
+
+@needs_loops
+def test_a_thread_that_nobody_needed_is_none():
+    async def main():
+        before = dict(SyncToAsync.context_to_thread_executor)
+        async with OwnThread():
+            pass
+        assert dict(SyncToAsync.context_to_thread_executor) == before
+
+    asyncio.run(main())
+
+
+@needs_loops
+def test_where_asgiref_keeps_its_threads_elsewhere_sync_code_still_runs(monkeypatch):
+    async def main():
+        async with OwnThread():
+            assert await sync_to_async(lambda: 1, thread_sensitive=False)() == 1
+
+    monkeypatch.delattr(SyncToAsync, "context_to_thread_executor")
+    asyncio.run(main())

@@ -686,7 +686,7 @@ class Client:
                 given.append(text)
         return given
 
-    def take(self, limit, max_bytes):
+    def take(self, limit=None, max_bytes=None):
         given = self.first(limit, max_bytes)
         del self.waiting[: len(given)]
         self.taken += len(given)
@@ -796,22 +796,21 @@ class HubAgainstLists(RuleBasedStateMachine):
         client=clients,
         limit=st.none() | st.integers(0, 3),
         max_bytes=st.none() | st.integers(1, 12),
-        as_chunk=st.booleans(),
     )
-    def take(self, client, limit, max_bytes, as_chunk):
+    def take(self, client, limit, max_bytes):
         if client.abandoned is not None:
             return
-        taken = client.take(limit, max_bytes)
+        taken = client.take(limit if max_bytes is None else None, max_bytes)
         if taken:
             self.goes_alone(client)
         if not client.waiting and client.ended is None:
             client.alert = not client.shared
             client.slow = client.slow and bool(taken)
-        if as_chunk and limit is None and max_bytes is not None:
+        if max_bytes is not None:
             is_all = not client.waiting and client.ended is None and not client.slow
             assert self.known[client].take_chunk(max_bytes) == ("".join(taken).encode(), is_all)
         else:
-            assert texts(self.known[client].take(limit, max_bytes)) == taken
+            assert texts(self.known[client].take(limit)) == taken
 
     @rule(client=clients, seed=st.randoms(use_true_random=False), max_bytes=st.integers(1, 12))
     def advance(self, client, seed, max_bytes):
@@ -1231,10 +1230,14 @@ class Browser:
                 if chunk or subscription.ended is None:
                     return
         ended = subscription.ended
-        taken = subscription.take(limit, max_bytes)
-        for event, frame in taken:
-            assert frame == encode(event)
-            self._sent.extend(blocks(frame))
+        if max_bytes is not None:
+            taken, _ = subscription.take_chunk(max_bytes)
+            self._sent.extend(blocks(taken))
+        else:
+            taken = subscription.take(limit)
+            for event, frame in taken:
+                assert frame == encode(event)
+                self._sent.extend(blocks(frame))
         if not taken and ended is not None:
             self.check_end()
             self.leave()

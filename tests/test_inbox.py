@@ -30,7 +30,7 @@ class Box:
     def wake_by(self, wake):
         self.wake = wake
 
-    def take(self, limit=None, max_bytes=None):
+    def take(self, limit=None):
         count = len(self.waiting) if limit is None else min(limit, len(self.waiting))
         taken = [self.waiting.popleft() for _ in range(count)]
         self.looks += 1

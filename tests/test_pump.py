@@ -1421,7 +1421,7 @@ def test_whatever_chance_does_to_the_rows_each_client_gets_all_from_its_coming_t
             elif act < 0.8:
                 chance.choice(clients).disconnect.set()
             await turns(chance.randint(0, 4))
-            longest = max([longest, *rows(*(client for client in clients if not client.task.done()))])
+            longest = max([longest, *rows(*(client for client in clients if not client.delivery.over()))])
         publish(run, "last")
         texts = [*map(str, range(published)), "last"]
         await soon(lambda: all(client.task.done() or got(client)[-1:] == ["last"] for client in clients))

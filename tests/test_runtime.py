@@ -260,14 +260,14 @@ def test_take_gives_at_most_as_many_as_are_asked_for(run, broker):
     assert listener.take() == []
 
 
-def test_take_gives_no_more_after_the_event_that_makes_it_the_bytes_asked_for(run, broker):
+def test_a_chunk_is_of_no_more_after_the_event_that_makes_it_the_bytes_asked_for(run, broker):
     listener = run.open(["a"], **BOUNDS)
     for number in range(5):
         broker.publish("a", payload(str(number) * 100))
-    assert texts(listener.take(max_bytes=101)) == ["0" * 100]
-    assert texts(listener.take(max_bytes=150)) == ["1" * 100, "2" * 100]
-    assert texts(listener.take(1, 150)) == ["3" * 100]
-    assert texts(listener.take(max_bytes=1000)) == ["4" * 100]
+    frames = [b"event: \ndata: %s\n\n" % (b"%d" % number * 100) for number in range(5)]
+    assert listener.take_chunk(101) == (frames[0], False)
+    assert listener.take_chunk(150) == (frames[1] + frames[2], False)
+    assert listener.take_chunk(1000) == (frames[3] + frames[4], True)
 
 
 def test_a_client_that_takes_in_small_bites_is_waited_for_until_it_is_less_crowded(run, monkeypatch):
@@ -279,7 +279,7 @@ def test_a_client_that_takes_in_small_bites_is_waited_for_until_it_is_less_crowd
     )
     delivery.start()
     until(lambda: listener.subscription in run._crowded, what="the wait")
-    assert len(listener.take(max_bytes=1)) == 1
+    assert len(listener.take(1)) == 1
     delivery.join(10)
     assert not delivery.is_alive()
     assert not listener.subscription.slow
