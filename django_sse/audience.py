@@ -127,7 +127,7 @@ class Subscription:
         # Where the next event is taken. An entry leads to all that comes after it, so none is held for longer.
         self._cursor = Cursor(audience.end)
         self._start = audience.end.number
-        # Where the log's bytes would be if ``take()`` alone had taken them.
+        # Where the log's bytes would be if nothing had been taken together with others.
         self._size = audience.end.size
         # The end of what it still gets, or of the page of what it has missed.
         self._end: _Entry | None = None
@@ -198,7 +198,7 @@ class Subscription:
 
     @property
     def bytes_alike(self) -> int:
-        """How many bytes were taken by ``Audience.advance()``."""
+        """How many bytes were taken together with others, by ``Audience.advance()`` or ``step()``."""
         return self._place.size - self._size
 
     def take(self, limit: int | None = None) -> list[tuple[Event, bytes]]:

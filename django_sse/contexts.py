@@ -32,9 +32,10 @@ def own() -> contextvars.Context | None:
     """Return the present context; ``None`` if all that is in it is what all requests find."""
     present = contextvars.copy_context()
     # The same objects, for what is equal may be changed by one of them.
-    if len(present) == len(_common) and all(present.get(variable) is value for variable, value in _common.items()):
-        return None
-    return present
+    if len(present) != len(_common):
+        return present
+    same = all(variable in present and present[variable] is value for variable, value in _common.items())
+    return None if same else present
 
 
 @types.coroutine

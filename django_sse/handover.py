@@ -124,8 +124,9 @@ class _Body:
         return iter(self.stream)
 
     def __aiter__(self) -> AsyncIterator[Any]:
+        stream = aiter(self.stream)
         if not self.stream.is_mail:
-            return aiter(self.stream)
+            return stream
         self._inside = self._inside or Inside(self.stream)
         return self._inside
 

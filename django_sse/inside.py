@@ -64,7 +64,7 @@ class Inside:
         return pipe
 
     async def aclose(self) -> None:
-        """Do nothing: Django 6.1 closes what it has iterated, and then the response."""
+        """Do nothing: Django closes what it has iterated, and then the response."""
 
     def close(self) -> None:
         """End the stream."""
@@ -119,12 +119,16 @@ class _Pipe:
         return {"type": "http.disconnect"}
 
     def pour(self) -> bytes:
-        """Take out all that is in it."""
-        chunks, self.chunks = self.chunks, []
-        self._size = 0
-        if self._room is not None and not self._room.done():
+        """Take out all that is in it as one chunk, or what came first if that is too much for one."""
+        if self._size <= CHUNK_BYTES:
+            chunk = self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
+            self.chunks.clear()
+        else:
+            chunk = self.chunks.pop(0)
+        self._size -= len(chunk)
+        if self._size <= CHUNK_BYTES and self._room is not None and not self._room.done():
             self._room.set_result(None)
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        return chunk
 
     def leave(self) -> None:
         """Say that nobody asks any more."""

@@ -1,4 +1,4 @@
-"""Delivers streams outside of Django's handler: one task for all clients of an event loop, not one for each.
+"""Delivers the streams of an event loop: one task for all clients, and not one for each.
 
 A ``send()`` of the server that finishes at once, as almost all do, is one step of the pump's task. One that has to wait
 for a slow client keeps that task for itself, and another one goes on with the others. What is sent to the listeners
@@ -59,7 +59,6 @@ class Delivery(LoopBell):
         "_blocked_since",
         "_ended",
         "_heartbeat",
-        "_heartbeats",
         "_interval",
         "_is_slow",
         "_over",
@@ -104,8 +103,6 @@ class Delivery(LoopBell):
         # As the stream has them, but nearer.
         self._heartbeat = stream.heartbeat
         self._too_old: float | None = None
-        # Those that the stream does not know of.
-        self._heartbeats = 0
         # Seconds between two looks at the clock at most.
         self._interval = min(stream.stall_timeout or LONGEST, self._heartbeat or LONGEST)
         # Whether the iterator has finished, or had its time.
@@ -150,8 +147,6 @@ class Delivery(LoopBell):
             self._stop()
             if self._blocked is not None:
                 self._blocked.cancel()
-            if self.mailbox is not None:
-                stream.count(self.mailbox.bytes_alike + self._heartbeats * len(HEARTBEAT))
             # The pump may know this delivery until the next look at its clock.
             del self._app, self._stream, self.buffer, self.context, self.mailbox, self.row, self.send, self.share
             stream.shut()
@@ -312,9 +307,10 @@ class Delivery(LoopBell):
         if now < due:
             return min(again, due), None
         if self.share is not None and not self.has_own():
-            # Not by the stream: that would bring half a dozen objects of each idle client into the processor's cache.
+            # Not made by the stream: that would bring half a dozen objects of each idle client into the processor's
+            # cache.
             self.last_sent = now
-            self._heartbeats += 1
+            self._stream.heartbeats += 1
             return again, _HEARTBEAT
         chunk = self._stream.silence()
         return again, self._message(chunk, now) if chunk else None
@@ -455,7 +451,11 @@ class _Share(LoopBell):
     def fall_in(self, deliveries: Sequence[Delivery]) -> None:
         """Have those of ``deliveries``, which are loose, go in step that can."""
         row = next((row for row in self.rows if len(row) < BATCH), None)
-        able = [delivery for delivery in deliveries if delivery.buffer is None and not delivery.any_task]
+        able = [
+            delivery
+            for delivery in deliveries
+            if delivery.takes and delivery.buffer is None and not delivery.any_task and delivery.row is None
+        ]
         if not able:
             return
         if row is None:
@@ -706,6 +706,8 @@ class _Pump:
                     messages, more_waits = self._messages_alike(share, several)
                     alike.append(messages)
                     more = more or more_waits
+                    if isinstance(several, list):
+                        share.fall_in(several)
             except BaseException:
                 self._messages = chain(*alike)
                 raise
@@ -733,9 +735,7 @@ class _Pump:
             self._ready.extend(delivery for delivery in takes if delivery.has_own())
         if not several:
             return iter(()), False
-        messages, more = self._messages_one_by_one(several)
-        share.fall_in(several)
-        return messages, more
+        return self._messages_one_by_one(several)
 
     def _messages_one_by_one(self, deliveries: list[Delivery]) -> tuple[_Messages, bool]:
         mailboxes: list[Any] = [delivery.mailbox for delivery in deliveries]

@@ -53,7 +53,7 @@ class StreamInfo:
 class Account:
     """What one stream has done, told at its end. Whoever ends it first says why."""
 
-    __slots__ = ("_opened", "_settled", "bytes", "events", "info", "retry")
+    __slots__ = ("_opened", "_settled", "bytes", "events", "info", "past", "retry")
 
     #: One for all: nothing is done under it but to look who is first.
     _lock = threading.Lock()
@@ -64,6 +64,8 @@ class Account:
         self.retry = retry
         self.events = 0
         self.bytes = 0
+        #: Bytes that were sent past the stream, and are not in ``bytes``.
+        self.past = 0
         self._opened: float | None = None
         self._settled = False
 
@@ -83,7 +85,7 @@ class Account:
         figures = {
             "reason": reason,
             "events": self.events,
-            "bytes": self.bytes,
+            "bytes": self.bytes + self.past,
             "seconds": time.monotonic() - self._opened,
         }
         view = f"{self.info.view.__module__}.{self.info.view.__qualname__}"

@@ -1,7 +1,7 @@
 """What is handed to ``StreamingHttpResponse``: iterable in the way that suits the request, once, and closable.
 
-Whoever asks for chunks (a thread, a task, or ``pump`` outside of Django's handler) goes through ``take()``. The stream
-sends what there is at once, breaks silence with heartbeats, ends when its time is up, and accounts for itself once.
+Whoever asks for chunks (a thread, a task, or ``pump``) goes through ``take()``. The stream sends what there is at once,
+breaks silence with heartbeats, ends when its time is up, and accounts for itself once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from . import shutdown
 from .database import ThreadSensitiveContext, arelease_connections, lend, release_connections
-from .feeds import FEEDS, LATE, Chunk, Feed, InTask, Mail, Source
+from .feeds import FEEDS, HEARTBEAT, LATE, Chunk, Feed, InTask, Mail, Source
 from .inbox import LoopBell, Mailbox
 from .registry import Account, open_streams
 from .signals import stream_closed, stream_opened
@@ -58,6 +58,7 @@ class Stream:
         "_workers",
         "account",
         "given",
+        "heartbeats",
         "stall_timeout",
     )
 
@@ -88,6 +89,8 @@ class Stream:
         self._max_age = max_age
         self._too_old: float | None = None
         self._stall_timeout = self.stall_timeout = stall_timeout
+        #: How many were sent past the stream.
+        self.heartbeats = 0
         #: When the client was given its last chunk (``time.monotonic()``); ``None`` while it waits for the next.
         self.given: float | None = None
         if on_loop and not in_worker() and source.kind(on_loop=True) == "sync":
@@ -393,7 +396,7 @@ class Stream:
         if feed is not None and feed.ended is None:
             feed.drop()
             if self.account is not None:
-                self.account.events = feed.events
+                self._add_up(self.account, feed)
                 open_streams.drop(self.account)
 
     def stalled_for(self, now: float) -> float:
@@ -442,8 +445,14 @@ class Stream:
             return None
         error = None if self._feed is None else self._feed.error
         if self._feed is not None:
-            self.account.events = self._feed.events
+            self._add_up(self.account, self._feed)
         return self.account.settle(self._reason or "client", error)
+
+    def _add_up(self, account: Account, feed: Feed) -> None:
+        account.events = feed.events
+        account.past = self.heartbeats * len(HEARTBEAT)
+        if isinstance(feed, Mail):
+            account.past += feed.mailbox.bytes_alike
 
 
 def _told_to_code(error: BaseException, *, on_loop: bool) -> BaseException:

@@ -261,3 +261,13 @@ def test_what_is_set_later_is_in_no_context_that_was_given_before():
         return own
 
     assert values(contextvars.copy_context().run(request)) == ["first"]
+
+
+def test_a_variable_that_is_none_and_one_that_is_not_there_are_two_things(monkeypatch):
+    nothing, other = contextvars.ContextVar("nothing"), contextvars.ContextVar("other")
+    server, request = contextvars.Context(), contextvars.Context()
+    server.run(nothing.set, None)
+    request.run(other.set, "own")
+    monkeypatch.setattr(contexts, "_common", server)
+    assert request.run(contexts.own) == request
+    assert server.run(contexts.own) is None

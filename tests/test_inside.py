@@ -9,7 +9,8 @@ import pytest
 
 from django_sse.brokers.memory import MemoryBroker
 from django_sse.event import encode_payload
-from django_sse.feeds import CHUNK_BYTES, Source, flush_sse
+from django_sse.feeds import CHUNK_BYTES, HEARTBEAT, Source, flush_sse
+from django_sse.handover import EventStreamResponse
 from django_sse.inbox import Mailboxes
 from django_sse.inside import Inside
 from django_sse.pump import _Pump
@@ -158,7 +159,9 @@ def test_a_pipe_that_is_full_waits_and_nothing_is_lost(run, make):
         assert CHUNK_BYTES < sum(map(len, inside._pipe.chunks)) < 3 * CHUNK_BYTES
         body = b""
         while body.count(b"data: ") < count:
-            body += await asyncio.wait_for(anext(inside), 10)
+            chunk = await asyncio.wait_for(anext(inside), 10)
+            assert len(chunk) < CHUNK_BYTES + 2 * len(text)
+            body += chunk
         assert body == frames(*(f"{number} {text}" for number in range(count)))
         inside.close()
         await nothing_left(run)
@@ -251,6 +254,48 @@ def test_a_response_that_another_thread_closes_ends_the_stream_though_its_pipe_i
         assert ends() == ["client"]
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("way", ["is closed", "is cancelled", "has stalled"])
+def test_all_bytes_are_told_whoever_ends_the_stream(run, make, caplog, way):
+    caplog.set_level(logging.INFO, "django_sse.streams")
+
+    async def main():
+        inside = make(heartbeat=0.02)
+        got = await begin(inside)
+        asked = asyncio.ensure_future(anext(inside))
+        publish(run, "1")
+        got += await asyncio.wait_for(asked, 10)
+        asked = asyncio.ensure_future(anext(inside))
+        await soon(lambda: inside._pipe.asked is not None and not inside._pipe.asked.done())
+        if way == "is cancelled":
+            asked.cancel()
+        elif way == "is closed":
+            inside.close()
+        else:
+            inside._stream.close("stalled")
+        await asyncio.gather(asked, return_exceptions=True)
+        inside.close()
+        await nothing_left(run)
+        return len(got)
+
+    got = asyncio.run(main())
+    (told,) = [record.bytes for record in caplog.records if record.name == "django_sse.streams"]
+    # A heartbeat may have been on its way to nobody.
+    assert told - got in (0, len(HEARTBEAT))
+
+
+def test_an_owner_whose_response_was_dropped_before_anybody_asked_is_forgotten(make):
+    inside = make()
+    stream = inside._stream
+    open_streams.admit(stream, limit=None, owner="somebody", owner_limit=5)
+    stream.account.info = StreamInfo(View, "/path", (), "somebody")
+    response = EventStreamResponse(stream)
+    assert "somebody" in open_streams._owners
+    del inside, stream, response
+    gc.collect()
+    open_streams._reap()
+    assert "somebody" not in open_streams._owners
 
 
 def test_a_response_that_is_closed_before_anybody_asked_ends_the_stream(run, make):
