@@ -1512,12 +1512,12 @@ def test_bytes_that_were_taken_past_the_stream_are_counted(run, workers, read, m
     publish(run, "1", "2")
     assert reader.call(stream.take)
     publish(run, "3")
-    (chunk,), _ = mailbox.take_alike([mailbox], 1000)
-    stream.count(len(chunk))
+    assert mailbox.take_alike([mailbox], 1000) == ([b"event: \ndata: 3\n\n"], False)
+    stream.heartbeats += 2
     stream.shut("client")
     reader._loop.run_until_complete(stream.settle_on_loop())
     line = told.line(reader)
-    assert (line.events, line.bytes) == (3, 3 * len(b"event: \ndata: 1\n\n"))
+    assert (line.events, line.bytes) == (3, 3 * len(b"event: \ndata: 1\n\n") + 2 * len(HEARTBEAT))
     Stream(Source(iter(()), as_given), workers, on_loop=False).count(5)  # one without an account counts for nobody
 
 
