@@ -89,6 +89,14 @@ async def begin(inside):
     return await asyncio.wait_for(anext(inside), 10)
 
 
+async def next_of(inside, run, text):
+    """Ask for a chunk, have an event come as soon as it is waited for, and return what was given."""
+    asked = asyncio.ensure_future(anext(inside))
+    await soon(lambda: _Pump._pumps)
+    publish(run, text)
+    return await asyncio.wait_for(asked, 10)
+
+
 async def nothing_left(run):
     await soon(lambda: not _Pump._pumps and run.stats() == {"channels": 0, "subscriptions": 0})
 
@@ -105,10 +113,7 @@ async def rest(inside):
 def test_what_comes_while_nobody_asks_is_one_chunk(run, make):
     async def main():
         inside = make()
-        asked = asyncio.ensure_future(anext(inside))
-        await soon(lambda: _Pump._pumps)
-        publish(run, "1")
-        assert await asyncio.wait_for(asked, 10) == frames("1")
+        assert await next_of(inside, run, "1") == frames("1")
         publish(run, "2")
         await soon(lambda: inside._pipe.chunks)
         publish(run, "3")
@@ -146,10 +151,7 @@ def test_a_pipe_that_is_full_waits_and_nothing_is_lost(run, make):
 
     async def main():
         inside = make()
-        asked = asyncio.ensure_future(anext(inside))
-        await soon(lambda: _Pump._pumps)
-        publish(run, "first")
-        assert await asyncio.wait_for(asked, 10) == frames("first")
+        assert await next_of(inside, run, "first") == frames("first")
         for number in range(count):
             publish(run, f"{number} {text}")
             if not number % 20:
@@ -199,10 +201,7 @@ def test_a_buffer_that_somebody_can_fill_is_looked_at(run, make):
 def test_the_end_comes_after_what_waits_and_is_told_once(run, make, ends, reason):
     async def main():
         inside = make(max_age=0.05 if reason == "max_age" else None)
-        asked = asyncio.ensure_future(anext(inside))
-        await soon(lambda: _Pump._pumps)
-        publish(run, "1")
-        assert await asyncio.wait_for(asked, 10) == frames("1")
+        assert await next_of(inside, run, "1") == frames("1")
         if reason == "shutdown":
             publish(run, "2")
             inside._stream.end("shutdown", b"retry: 1\n\n")
@@ -241,10 +240,7 @@ def test_a_request_that_is_cancelled_while_it_waits_ends_the_stream(run, make, e
 def test_a_response_that_another_thread_closes_ends_the_stream_though_its_pipe_is_full(run, make, ends):
     async def main():
         inside = make()
-        asked = asyncio.ensure_future(anext(inside))
-        await soon(lambda: _Pump._pumps)
-        publish(run, "1")
-        await asyncio.wait_for(asked, 10)
+        await next_of(inside, run, "1")
         publish(run, *["x" * 1000] * (3 * CHUNK_BYTES // 1000))
         await soon(lambda: inside._pipe._room is not None)
         closing = threading.Thread(target=inside.close)
@@ -307,11 +303,8 @@ def test_a_response_that_is_closed_before_anybody_asked_ends_the_stream(run, mak
 def test_one_that_is_dropped_unclosed_ends_its_stream(run, make, ends):
     async def main():
         inside = make()
-        asked = asyncio.ensure_future(anext(inside))
-        await soon(lambda: _Pump._pumps)
-        publish(run, "1")
-        await asyncio.wait_for(asked, 10)
-        del inside, asked
+        await next_of(inside, run, "1")
+        del inside
         gc.collect()
         await nothing_left(run)
         await soon(lambda: ends() == ["client"])
@@ -338,10 +331,7 @@ def test_one_that_outlives_its_loop_may_be_closed(run, make):
     inside = make()
 
     async def main():
-        asked = asyncio.ensure_future(anext(inside))
-        await soon(lambda: _Pump._pumps)
-        publish(run, "1")
-        await asyncio.wait_for(asked, 10)
+        await next_of(inside, run, "1")
 
     asyncio.run(main())
     inside.close()
@@ -354,10 +344,7 @@ def test_a_delivery_that_breaks_off_ends_the_iteration(run, make, monkeypatch, c
 
     async def main():
         inside = make()
-        asked = asyncio.ensure_future(anext(inside))
-        await soon(lambda: _Pump._pumps)
-        publish(run, "1")
-        await asyncio.wait_for(asked, 10)
+        await next_of(inside, run, "1")
         asked = asyncio.ensure_future(anext(inside))
         await soon(lambda: inside._pipe.asked is not None)
         for delivery in list(_Pump.of_running_loop()._deliveries):
