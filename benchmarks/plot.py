@@ -43,11 +43,18 @@ def around(values: Sequence[float]) -> tuple[float, float]:
     return min(values) / 1.25, max(values) * 1.25
 
 
+def to_ticks(values: Sequence[float]) -> tuple[float, float]:
+    """The range of an axis that begins and ends with a number: else one might have none, where values are close."""
+    ticks = [*Axis(min(values) / 10, max(values) * 10, 0, 1).ticks()]
+    low = max(tick for tick in ticks if tick <= min(values))
+    return low, min(tick for tick in ticks if tick >= max(values) and tick > low)
+
+
 def plot(title: str, x_name: str, lines: Mapping[str, Sequence[Point]], write: Callable[[float], str]) -> str:
     """Return the picture; `lines` are in the order of their colours, and `write` says a y in words."""
     points = [point for line in lines.values() for point in line]
     x = Axis(*around([point[0] for point in points]), LEFT, WIDTH - RIGHT)
-    y = Axis(*around([value for point in points for value in point[1:]]), HEIGHT - BOTTOM, TOP)
+    y = Axis(*to_ticks([value for point in points for value in point[1:]]), HEIGHT - BOTTOM, TOP)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         f'font-family="sans-serif" font-size="13" fill="{INK}" role="img" aria-label="{escape(title)}">',

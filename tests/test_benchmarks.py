@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 from docutils.core import publish_doctree
 
-from benchmarks import build, publish, report
+from benchmarks import build, plot, publish, report
 from benchmarks.measure import REDIS_HOW, Bench, Load, divide, redis_program
 from benchmarks.systems import SYSTEMS
 from benchmarks.tables import TABLES
@@ -272,6 +272,16 @@ def test_the_page_is_written_below_its_mark_with_pictures(tmp_path):
         picture = ElementTree.parse(tmp_path / name).getroot()
         assert len(picture.findall("{*}polyline")) == 1
         assert len(picture.findall("{*}circle")) == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "numbers"),
+    [((63, 76), ["50", "100"]), ((100, 100), ["100", "200"]), ((4, 30), ["2", "5", "10", "20", "50"])],
+)
+def test_the_height_of_a_picture_begins_and_ends_with_a_number(values, numbers):
+    picture = plot.plot("title", "clients", {"line": [(1, y, y, y) for y in values]}, "{:.0f}".format)
+    words = [text.text for text in ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}text")]
+    assert [word for word in words if word.isdigit() and word != "1"] == numbers
 
 
 def test_the_project_has_its_page_with_the_mark():
